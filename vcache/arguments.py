@@ -1,0 +1,139 @@
+"""Checks of what callers of the public API pass in: every refusal is a ``ValueError`` that names the argument.
+
+Only values are looked at here. Whether slots fit the KV tensors is ``vcache/slots.py``'s business.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    Tokens = Sequence[int] | npt.NDArray[Any] | torch.Tensor
+    Mask = Sequence[bool] | npt.NDArray[np.bool_] | torch.Tensor
+
+MAX_TOKEN: Final = (1 << 31) - 1
+#: The longest pin the wire can carry (``protocol.Seconds``).
+MAX_PIN_S: Final = 86_400.0
+#: What ``pin=True`` means.
+DEFAULT_PIN_S: Final = 300.0
+
+# A list becomes uint32 in one C loop; where "I" has another width or order the bytes would not be the key's.
+if array("I").itemsize != 4 or sys.byteorder != "little":
+    raise ImportError("VCache needs a little-endian machine whose unsigned int has 32 bits")
+
+
+def packed_tokens(tokens: Tokens) -> bytes | memoryview:
+    """The tokens as little-endian uint32, for hashing; never element by element in Python.
+
+    A list costs one pass of ``array.array`` (9 ns a token), an int32 array or tensor one comparison and no copy. Raises
+    ``ValueError`` naming ``tokens`` for anything empty, not one-dimensional, not integers, negative or above int32. Among
+    the elements of a list, bools pass for the integers they are, save at its start: looking at each type would cost three
+    times the hashing.
+    """
+    values = _list_values(tokens) if isinstance(tokens, (list, tuple)) else _array_values(tokens)
+    if not len(values):
+        raise ValueError("tokens must not be empty")
+    low, high = int(values.min()), int(values.max())
+    if low < 0:
+        raise ValueError(f"tokens must not be negative, found {low}")
+    if high > MAX_TOKEN:
+        raise ValueError(f"tokens must fit int32 (at most {MAX_TOKEN}), found {high}")
+    return np.ascontiguousarray(values, dtype="<u4").data.cast("B")
+
+
+def _list_values(tokens: Sequence[int]) -> npt.NDArray[Any]:
+    if tokens and isinstance(tokens[0], (bool, np.bool_)):
+        raise ValueError("tokens must be integers, found bool")
+    try:
+        return np.frombuffer(array("I", tokens), dtype=np.uint32) if tokens else np.empty(0, np.uint32)
+    except OverflowError:
+        wrong = next(t for t in tokens if not 0 <= t < 1 << 32)
+        raise ValueError(
+            f"tokens must not be negative, found {wrong}"
+            if wrong < 0
+            else f"tokens must fit int32 (at most {MAX_TOKEN}), found {wrong}"
+        ) from None
+    except (TypeError, ValueError):
+        wrong_type = next((t for t in tokens if not hasattr(t, "__index__")), None)
+        if isinstance(wrong_type, (Sequence, np.ndarray)) and not isinstance(wrong_type, (str, bytes)):
+            raise ValueError("tokens must be one-dimensional, found a sequence inside") from None
+        raise ValueError(f"tokens must be integers, found {type(wrong_type).__name__}") from None
+
+
+def _array_values(tokens: object) -> npt.NDArray[Any]:
+    torch = sys.modules.get("torch")  # a tensor can only come from a process that has loaded it
+    if torch is not None and isinstance(tokens, torch.Tensor):
+        if tokens.layout != torch.strided or tokens.device.type == "meta":
+            raise ValueError(f"tokens must be a dense tensor with values, got {tokens.layout} on {tokens.device}")
+        if tokens.dtype == torch.bool or tokens.dtype.is_floating_point or tokens.dtype.is_complex:
+            raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+        tokens = tokens.detach().cpu().numpy()
+    elif isinstance(tokens, array):
+        tokens = np.asarray(tokens)
+    elif isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes, bytearray, memoryview)):
+        return _list_values(list(tokens))
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"tokens must be a list of ints, a numpy array or a torch tensor, got {type(tokens).__name__}")
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens must be one-dimensional, got shape {tuple(tokens.shape)}")
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    return tokens
+
+
+def utf8(name: str, text: str) -> bytes:
+    """``text`` as UTF-8, or a ``ValueError`` naming the argument."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, got {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has no UTF-8 form: {error.reason}") from None
+
+
+def pin_seconds(pin: object) -> float:
+    """Seconds to keep chunks from eviction: the number ``pin``, ``DEFAULT_PIN_S`` for ``True``, 0 for none."""
+    if pin is True:
+        return DEFAULT_PIN_S
+    if isinstance(pin, (int, float)) and 0 <= pin <= MAX_PIN_S:
+        return float(pin)
+    raise ValueError(f"pin must be seconds from 0 to {MAX_PIN_S:.0f}, or True for {DEFAULT_PIN_S:.0f}, got {pin!r}")
+
+
+def masked_prefix(mask: Mask | None, *, tokens: int, chunk_size: int) -> int:
+    """Tokens that ``mask`` leaves out: the length of its leading false run, which must be whole chunks.
+
+    ``None`` leaves out nothing. Raises ``ValueError`` naming ``mask`` when it is not bool, not one value per token, not in
+    host memory, or false anywhere after its first true.
+    """
+    if mask is None:
+        return 0
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(mask, torch.Tensor):
+        if mask.device.type != "cpu":
+            raise ValueError(f"mask must be in host memory, got a tensor on {mask.device}")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {mask.dtype}")
+        mask = mask.numpy()
+    try:
+        values = np.asarray(mask)
+    except ValueError:
+        raise ValueError("mask must be one-dimensional, found sequences of different lengths inside") from None
+    if values.shape != (tokens,):
+        raise ValueError(f"mask must have one value for each of {tokens} tokens, got shape {tuple(values.shape)}")
+    if values.dtype != np.bool_:
+        raise ValueError(f"mask must be bool, got {values.dtype}")
+    skipped = int(values.argmax()) if values.any() else tokens
+    if not values[skipped:].all():
+        raise ValueError(f"mask must be false on a leading run only, is false again after token {skipped}")
+    if skipped % chunk_size and skipped != tokens:
+        raise ValueError(f"mask must be false on a multiple of {chunk_size} tokens (whole chunks), is on {skipped}")
+    return skipped
