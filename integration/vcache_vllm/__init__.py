@@ -1,0 +1,1 @@
+"""VCache as a KV connector of vLLM."""

@@ -1,0 +1,1 @@
+"""The tests of VCache; ``tests/support`` holds what several of them share."""

@@ -1,0 +1,94 @@
+"""Fixtures of all tests: a runtime directory of their own, child processes that are always ended, servers, devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import Child, Processes, processes_using
+from vcache.config import VCacheConfig
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
+
+
+@pytest.fixture(autouse=True)
+def _only_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see none of the developer's settings, save the log level."""
+    for variable in list(os.environ):
+        if variable.startswith("VCACHE_") and variable != "VCACHE_LOG_LEVEL":
+            monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh, short directory in shared memory: the "host" of this test.
+
+    ``VCACHE_RUNTIME_DIR`` names it, so that any ``VCacheConfig()`` of the test or its children is on this host. Removed
+    afterwards; the test fails when a process still uses it then, or when the default directory came into being.
+    """
+    default = VCacheConfig().runtime_path
+    existed = default.exists()
+    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
+    monkeypatch.setenv("VCACHE_RUNTIME_DIR", str(directory))
+    try:
+        yield directory
+    finally:
+        users = processes_using(directory)
+        for pid in users:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory)
+    assert not users, f"processes {users} still used {directory} after the test (they were killed)"
+    assert existed or not default.exists(), f"{default} came into being: something ignored its runtime_dir"
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Starts child processes; whatever still runs at the end is killed with all it started."""
+    children = Processes(tmp_path)
+    yield children
+    children.close()
+
+
+@pytest.fixture
+def config(runtime_dir: Path) -> VCacheConfig:
+    """The default configuration on this test's host."""
+    return VCacheConfig(runtime_dir=str(runtime_dir))
+
+
+@pytest.fixture
+def start_server(runtime_dir: Path, processes: Processes) -> Callable[..., tuple[VCacheConfig, Child]]:
+    """Starts a real metadata server with settings of choice; returns its configuration and process once it answers."""
+
+    def start(**settings: Any) -> tuple[VCacheConfig, Child]:
+        config = VCacheConfig(runtime_dir=str(runtime_dir), **settings)
+        return config, processes.server(config)
+
+    return start
+
+
+@pytest.fixture
+def server(config: VCacheConfig, processes: Processes) -> Child:
+    """A real metadata server with default settings on this test's host (see ``config``), ready to answer."""
+    return processes.server(config)
+
+
+@pytest.fixture(params=["cpu:0", pytest.param("cuda:0", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs a test once on host memory and once on a GPU; skipped with a reason where there is none."""
+    name: str = request.param
+    return name

@@ -1,0 +1,331 @@
+"""VCacheConfig: every setting of VCache, merged from defaults, a YAML file, the environment and arguments, and checked.
+
+``system_config.yaml`` documents each setting with its default (a test keeps the two equal). A configuration that cannot
+work fails here, at construction, with a ``ConfigError`` that names the field, the value, where it came from and what
+would work. Not here: how text becomes bytes and seconds (``units.py``), how values are read and remembered
+(``settings_sources.py``), the CURVE key files that ``server.curve`` names (``curve.py``).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vcache.errors import ConfigError
+from vcache.protocol import MAX_MESSAGE_BYTES
+from vcache.settings_sources import (
+    ENV_CONFIG_FILE,
+    ENV_DELIMITER,
+    ENV_PREFIX,
+    ArgumentSource,
+    EnvironmentSource,
+    FileSource,
+    environment_name,
+    setting_fields,
+)
+from vcache.units import format_duration, format_size, parse_duration, parse_size
+
+#: ``sun_path`` holds 108 bytes, the closing zero among them.
+MAX_IPC_PATH_BYTES: Final = 107
+#: Liveness is judged on several heartbeats, so that one lost or late one means nothing.
+MIN_HEARTBEATS_PER_LIVENESS: Final = 3
+_DAY_S: Final = 86_400.0
+DEFAULT_ORIGIN: Final = "default"
+
+
+class Unit(NamedTuple):
+    """Marks a field whose number people write with a unit; says how to write it back."""
+
+    kind: Literal["size", "duration"]
+
+    def text(self, value: Any) -> str:
+        return format_size(value) if self.kind == "size" else format_duration(value)
+
+
+def _not_a_flag(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not yes/no")  # YAML's yes and on would silently become 1
+    return value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Unit("size")]
+Seconds = Annotated[float, Field(gt=0, le=_DAY_S), BeforeValidator(parse_duration), Unit("duration")]
+Count = Annotated[int, BeforeValidator(_not_a_flag)]
+Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(_not_a_flag)]
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvictionConfig(Section):
+    """How the server makes room ahead of writes."""
+
+    policy: Literal["lru"] = "lru"
+    high_watermark: Fraction = 0.95
+    low_watermark: Fraction = 0.90
+
+
+class CurveConfig(Section):
+    """CURVE key files (made by ``vcache keys``); needed when the endpoint is reachable beyond this host."""
+
+    server_public_key_file: str = ""
+    server_secret_key_file: str = ""
+    client_secret_key_file: str = ""
+    authorized_clients_dir: str = ""
+
+
+class ServerConfig(Section):
+    """The metadata server. Clients read ``endpoint`` and ``curve`` here too."""
+
+    endpoint: str = ""
+    heartbeat_interval: Seconds = 1.0
+    liveness_timeout: Seconds = 10.0
+    reservation_timeout: Seconds = 30.0
+    incomplete_timeout: Seconds = 60.0
+    max_lease: Seconds = 60.0
+    placement: Literal["local_first", "most_free"] = "local_first"
+    max_message_bytes: Annotated[Size, Field(ge=64 << 10, le=MAX_MESSAGE_BYTES)] = MAX_MESSAGE_BYTES
+    eviction: EvictionConfig = Field(default_factory=EvictionConfig)
+    curve: CurveConfig = Field(default_factory=CurveConfig)
+
+
+class ClientConfig(Section):
+    """How long clients wait and hold."""
+
+    connect_timeout: Seconds = 5.0
+    call_timeout: Seconds = 1.0
+    lease: Seconds = 10.0
+
+
+class SegmentConfig(Section):
+    """Segments that this process donates."""
+
+    size: Annotated[Size, Field(ge=1 << 20)] = 1 << 30
+    records: Annotated[Count, Field(ge=0, le=1 << 20)] = 0
+    tier: Literal["auto", "vram", "dram"] = "auto"
+
+
+class TransferConfig(Section):
+    """How bytes are copied."""
+
+    threads: Annotated[Count, Field(ge=0, le=256)] = 0
+
+
+class StoreConfig(Section):
+    """What lies below the pool."""
+
+    kind: Literal["none"] = "none"
+
+
+class VCacheConfig(BaseSettings):
+    """All settings: defaults < YAML file < ``VCACHE_*`` environment < arguments.
+
+    ``VCacheConfig(chunk_size=512, server={"endpoint": "..."})`` reads the file that ``VCACHE_CONFIG_FILE`` names, if
+    any; ``VCacheConfig.load(path, ...)`` reads ``path`` instead. Frozen once made.
+
+    Raises ``ConfigError`` when a setting is unknown, badly formed or contradicts another.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, case_sensitive=True
+    )
+
+    runtime_dir: str = ""
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
+    chunk_size: Annotated[Count, Field(ge=1, le=1 << 20)] = 256
+    block_size: Annotated[Count, Field(ge=1, le=1 << 20)] = 16
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    client: ClientConfig = Field(default_factory=ClientConfig)
+    segment: SegmentConfig = Field(default_factory=SegmentConfig)
+    transfer: TransferConfig = Field(default_factory=TransferConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, config_file: str | Path | None = None, /, **arguments: Any) -> None:
+        path = config_file or os.environ.get(ENV_CONFIG_FILE)
+        sources = (
+            ArgumentSource(type(self), arguments),
+            EnvironmentSource(type(self)),
+            FileSource(type(self), Path(path).expanduser() if path else None),
+        )
+        values = {name: value for source in reversed(sources) for name, value in source.values.items()}
+        origins = {name: origin for source in reversed(sources) for name, origin in source.origins.items()}
+        problems = [problem for source in sources for problem in source.problems]
+        try:
+            super().__init__(_build_sources=(sources, {}))
+        except ValidationError as error:
+            problems += _explained(error, values, origins)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        self._origins = origins
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> Self:
+        """The configuration of a YAML file (default: what ``VCACHE_CONFIG_FILE`` names), environment and overrides."""
+        return cls(path, **overrides)
+
+    @property
+    def runtime_path(self) -> Path:
+        """The directory that holds everything of this host; made on demand by those who write into it."""
+        return Path(self.runtime_dir or f"/dev/shm/vcache-{os.getuid()}")
+
+    @property
+    def endpoint(self) -> str:
+        """Where the metadata server is: ``server.endpoint``, or a socket in the runtime directory."""
+        return self.server.endpoint or f"ipc://{self.runtime_path}/server.sock"
+
+    @property
+    def is_beyond_host(self) -> bool:
+        """Whether the endpoint can be reached from other hosts, and so needs CURVE."""
+        return not self.endpoint.startswith("ipc://") and not _is_loopback(_tcp_host_and_port(self.endpoint)[0])
+
+    def origin(self, name: str) -> str:
+        """Where the value of a setting ("server.endpoint") came from: default, FILE:LINE, a variable, or argument."""
+        return self._origins.get(name, DEFAULT_ORIGIN)
+
+    def settings(self) -> Iterator[tuple[str, Any, str]]:
+        """Every setting as (dotted name, value as a person would write it, origin)."""
+        for name, field in setting_fields(type(self)):
+            value: Any = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            unit = next((mark for mark in field.metadata if isinstance(mark, Unit)), None)
+            yield name, unit.text(value) if unit else value, self.origin(name)
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables under which a child process has exactly this configuration.
+
+        Add them to an environment from which every other ``VCACHE_*`` variable was taken away.
+        """
+        return {
+            environment_name(name): str(value)
+            for name, value, origin in self.settings()
+            if origin != DEFAULT_ORIGIN and value != ""
+        }
+
+    def check_segment(self, payload_bytes: int, *, data_bytes: int | None = None) -> None:
+        """Refuses a segment into which not one chunk fits.
+
+        ``payload_bytes``: one shard's bytes, known once the model is. ``data_bytes``: the segment's bytes after its
+        directory (default: ``segment.size``, as if the directory took nothing). Raises ``ConfigError``.
+        """
+        available = self.segment.size if data_bytes is None else data_bytes
+        if payload_bytes > available:
+            raise ConfigError(
+                f"segment.size = {format_size(self.segment.size)} (from {self.origin('segment.size')}): smaller than "
+                f"one chunk: {self.chunk_size} tokens of this model take {payload_bytes} bytes, the segment holds "
+                f"{available}; use a larger segment.size or a smaller chunk_size"
+            )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = [*self._contradictions(), *self._endpoint_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.chunk_size % self.block_size:
+            below = self.chunk_size // self.block_size * self.block_size
+            fits = f"{below} or {below + self.block_size}" if below else str(self.block_size)
+            yield (
+                f"chunk_size = {self.chunk_size}: must be a multiple of block_size = {self.block_size}; use {fits}, "
+                "or another block_size"
+            )
+        eviction = self.server.eviction
+        if eviction.low_watermark >= eviction.high_watermark:
+            yield (
+                f"server.eviction.low_watermark = {eviction.low_watermark}: must be below "
+                f"server.eviction.high_watermark = {eviction.high_watermark}, down to which eviction frees"
+            )
+        least = MIN_HEARTBEATS_PER_LIVENESS * self.server.heartbeat_interval
+        if self.server.liveness_timeout < least:
+            yield (
+                f"server.liveness_timeout = {format_duration(self.server.liveness_timeout)}: must be at least "
+                f"{MIN_HEARTBEATS_PER_LIVENESS} times server.heartbeat_interval = "
+                f"{format_duration(self.server.heartbeat_interval)}; use {format_duration(least)} or more"
+            )
+        if self.client.lease > self.server.max_lease:
+            yield (
+                f"client.lease = {format_duration(self.client.lease)}: longer than server.max_lease = "
+                f"{format_duration(self.server.max_lease)}; shorten the one or raise the other"
+            )
+        if self.runtime_dir and not Path(self.runtime_dir).is_absolute():
+            yield f"runtime_dir = {self.runtime_dir!r}: must be an absolute path, such as /dev/shm/vcache"
+
+    def _endpoint_problems(self) -> Iterator[str]:
+        setting = "server.endpoint" if self.server.endpoint else "runtime_dir"
+        shown = f"{setting} = {self.server.endpoint or self.runtime_dir!r}"
+        if self.endpoint.startswith("ipc://"):
+            path = self.endpoint.removeprefix("ipc://")
+            if not path.startswith("/"):  # "@name" has no file and so no permissions; "*" would be known to nobody
+                yield f"{shown}: an ipc endpoint needs an absolute path, such as ipc:///dev/shm/vcache/server.sock"
+            elif len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+                yield (
+                    f"{shown}: the socket's path {path} has {len(os.fsencode(path))} bytes, the system allows "
+                    f"{MAX_IPC_PATH_BYTES}; use a shorter runtime_dir or server.endpoint"
+                )
+            return
+        try:
+            _tcp_host_and_port(self.endpoint)
+        except ValueError as error:
+            yield f"{shown}: {error}; use ipc:///PATH/server.sock or tcp://HOST:PORT"
+            return
+        curve = self.server.curve
+        serves = bool(curve.server_secret_key_file and curve.authorized_clients_dir)
+        calls = bool(curve.server_public_key_file and curve.client_secret_key_file)
+        if self.is_beyond_host and not serves and not calls:
+            yield (
+                f"{shown}: reachable beyond this host, which needs CURVE keys; run `vcache keys DIR`, then set "
+                "server.curve.server_secret_key_file and server.curve.authorized_clients_dir where the server runs, "
+                "server.curve.server_public_key_file and server.curve.client_secret_key_file where clients run; "
+                "or use a loopback address or an ipc endpoint"
+            )
+
+
+def _tcp_host_and_port(endpoint: str) -> tuple[str, int]:
+    """Host and port of a tcp endpoint; raises ``ValueError`` saying what is wrong with it."""
+    if not endpoint.startswith("tcp://"):
+        raise ValueError("not an ipc:// or tcp:// endpoint")
+    host, colon, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not colon or not host or ";" in endpoint or "/" in host:
+        raise ValueError("not a host and a port")
+    if not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65_535:
+        raise ValueError(f"{port!r} is not a port between 1 and 65535")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise ValueError("an IPv6 address stands in brackets, as in tcp://[::1]:5555")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, an interface or "*": may be reached from anywhere
+
+
+def _explained(error: ValidationError, values: dict[str, Any], origins: dict[str, str]) -> Iterator[str]:
+    for detail in error.errors(include_url=False):
+        cause = detail.get("ctx", {}).get("error")
+        message = str(cause) if cause is not None else detail["msg"]
+        name = ".".join(str(part) for part in detail["loc"])
+        if not name:  # a contradiction: its message names the fields itself
+            yield message
+            continue
+        yield f"{name} = {values.get(name, detail['input'])!r} (from {origins.get(name, DEFAULT_ORIGIN)}): {message}"
