@@ -1,0 +1,29 @@
+"""How a demo child tells its parent where it is and what came out: JSON lines on a pipe of their own.
+
+Standard output and error stay free for what engines print; they go to a log file that the parent shows when a child fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+
+class Reporter:
+    """The child's end; ``fd`` is inherited from the parent."""
+
+    def __init__(self, fd: int) -> None:
+        self._pipe = os.fdopen(fd, "w", encoding="utf-8")
+
+    def stage(self, text: str) -> None:
+        """Says what the child does now."""
+        self._send({"stage": text})
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Hands over what came out; the last message of a child that succeeded."""
+        self._send({"result": values})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._pipe.write(json.dumps(message) + "\n")
+        self._pipe.flush()

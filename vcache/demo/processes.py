@@ -1,0 +1,176 @@
+"""The demo's processes and the directory they share; whatever happens, none of it is left behind.
+
+Every child is in a process group of its own, so that Ctrl-C reaches the parent alone, which then stops them in order; the
+kernel ends them too if the parent is killed outright.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Self
+
+from vcache.errors import UnavailableError, VCacheError
+
+STOP_TIMEOUT_S: Final = 10.0
+LOG_TAIL_LINES: Final = 30
+SHARED_MEMORY: Final = Path("/dev/shm")
+_PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None)
+
+
+class ChildFailed(VCacheError):  # noqa: N818 - an event that happened to a child, not an error of the caller
+    """A process of the demo ended early or said nothing in time; carries the end of its log."""
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Child:
+    """One process of the demo, with its log and the pipe on which it reports."""
+
+    def __init__(self, name: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        read_fd, write_fd = os.pipe()
+        self._pipe = os.fdopen(read_fd, "rb", buffering=0)
+        self._pending = b""
+        try:
+            with log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [*command, f"--report-fd={write_fd}"] if _reports(command) else list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=dict(environment),
+                    pass_fds=(write_fd,),
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls nothing but prctl, bound beforehand
+                )
+        finally:
+            os.close(write_fd)
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def result(self, *, timeout_s: float, on_stage: Callable[[str], None]) -> dict[str, Any]:
+        """Waits for the child's result, passing on the stages it reports; raises ``ChildFailed``."""
+        deadline = time.monotonic() + timeout_s
+        for line in self._lines(deadline):
+            message = json.loads(line)
+            if "result" in message:
+                return dict(message["result"])
+            on_stage(str(message["stage"]))
+        if time.monotonic() >= deadline:
+            raise ChildFailed(f"{self.name} gave no result within {timeout_s:g} s\n{self.log_tail()}")
+        status = self._process.wait(STOP_TIMEOUT_S)
+        raise ChildFailed(f"{self.name} ended with status {status} and no result\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        """The last lines it printed."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (it printed nothing)"
+
+    def stop(self) -> None:
+        """Asks it to end, and ends it when it does not; harmless on one that has ended."""
+        if self.running:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._pipe.close()
+
+    def _lines(self, deadline: float) -> Iterator[bytes]:
+        """Lines from the pipe until it closes or the deadline passes."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._pipe, selectors.EVENT_READ)
+            while selector.select(max(0.0, deadline - time.monotonic())):
+                data = self._pipe.read(65_536)
+                if not data:
+                    return
+                *lines, self._pending = (self._pending + data).split(b"\n")
+                yield from lines
+
+
+def _reports(command: Sequence[str]) -> bool:
+    return any(part.startswith("vcache.demo.") for part in command)
+
+
+class Stage:
+    """The demo's own runtime directory and every process in it; a context manager that leaves neither behind."""
+
+    def __init__(self) -> None:
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        self.directory = Path(tempfile.mkdtemp(prefix="vcache-demo-", dir=parent))
+        self._children: list[Child] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, name: str, module: str, *arguments: str, environment: Mapping[str, str]) -> Child:
+        """Starts ``python -m module arguments`` under exactly the ``VCACHE_*`` variables given."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("VCACHE_")}
+        child = Child(
+            name,
+            [sys.executable, "-m", module, *arguments],
+            environment={**inherited, **environment},
+            log=self.directory / f"{name.replace(' ', '-')}.log",
+        )
+        self._children.append(child)
+        return child
+
+    def wait_until(self, ready: Callable[[], bool], *, what: str, timeout_s: float) -> None:
+        """Waits for a state of the processes; raises ``ChildFailed`` when one of them ends meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            for child in self._children:
+                if not child.running:
+                    raise ChildFailed(f"{child.name} ended while waiting for {what}\n{child.log_tail()}")
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"{child.name}:\n{child.log_tail()}" for child in self._children)
+                raise UnavailableError(f"{what}: not within {timeout_s:g} s\n{logs}")
+            time.sleep(0.05)  # polled: readiness lies in another process's state
+
+    def finished(self, child: Child) -> None:
+        """Ends a child whose work is done."""
+        child.stop()
+        self._children.remove(child)
+
+    def close(self) -> None:
+        """Stops the children, last started first, and removes the directory; harmless when done before."""
+        while self._children:
+            self._children.pop().stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
