@@ -20,8 +20,6 @@ KEY_BYTES: Final = 16
 MAX_KEYS_PER_CALL: Final = 16_384
 MAX_ITEMS_PER_PAGE: Final = 4_096
 MAX_MESSAGE_BYTES: Final = 4 << 20
-#: ``rank`` of a call that means the chunk as a whole (all ranks' shards).
-ALL_RANKS: Final = -1
 
 KeyBlob = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_KEYS_PER_CALL)]
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -30,10 +28,9 @@ SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 HostId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 SegmentId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Label = Annotated[str, msgspec.Meta(max_length=256)]
-U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-Rank = Annotated[int, msgspec.Meta(ge=ALL_RANKS, lt=4096)]
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
 Ranks = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 Generations = Annotated[list[U63], msgspec.Meta(max_length=MAX_KEYS_PER_CALL)]
@@ -57,7 +54,7 @@ class Outcome(IntEnum):
     GRANTED = 0
     EXISTS = 1  # present, or another writer holds a live reservation for this shard
     NO_SPACE = 2  # nothing free now; the write is skipped, eviction was asked to run ahead
-    DECLINED = 3  # larger than any segment, or the segment's gate is closed after a restart
+    DECLINED = 3  # no segment can take it (too large, none on this host, gate closed), or the session holds too many
 
 
 class ErrorCode(IntEnum):
@@ -110,7 +107,7 @@ class Reservation(msgspec.Struct, array_like=True, frozen=True, gc=False):
     generation: U63  # even: the value of the committed record
     key: Key
     parent: ParentKey
-    rank: U16
+    rank: Rank
     ranks: Ranks
     tenant: U63
     offset: U63
@@ -126,7 +123,7 @@ class RecordInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     generation: U63
     key: Key
     parent: ParentKey
-    rank: U16
+    rank: Rank
     ranks: Ranks
     tenant: U63
     offset: U63
@@ -146,7 +143,11 @@ class RetireItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Hello(Request, tag=1):
-    """Opens or renews a session. Under an unchanged term it renews ``outstanding`` (the server asked for it)."""
+    """Opens or renews a session. ``outstanding``: every reservation whose writer has not stopped, of any earlier term.
+
+    Under an unchanged term the server knows them already, and absence from the list settles nothing (a grant may be on its
+    way); only a heartbeat's ``seen`` does.
+    """
 
     version: U32
     host: HostId
@@ -159,11 +160,12 @@ class Hello(Request, tag=1):
 class Heartbeat(Request, tag=2):
     """Keeps the session alive and carries evidence, level-triggered.
 
-    ``seen`` is the highest generation the client was ever granted in this term; every reservation of this session up to it
-    that is not in ``outstanding`` is settled: its writer has stopped touching the extent.
+    ``seen`` is the highest generation the client was ever granted in this term, used or not; every reservation of this
+    session up to it, and every one it said in its hello, that is not in ``outstanding`` is settled: its writer has stopped
+    touching the extent. A commit may still be on its way by the other socket, so a live one is kept until its deadline.
     """
 
-    attached: Numbers  # segments this client has mapped
+    attached: Numbers  # segments this client has mapped (told again of all others as they come up)
     seen: U63
     outstanding: Generations
     dead: Sessions  # sessions this donor has proven dead (it could take their flock)
@@ -174,7 +176,11 @@ class Goodbye(Request, tag=3):
 
 
 class RegisterSegment(Request, tag=4):
-    """Gives a segment to the pool. ``attached``: live writers of this host that may hold grants from an earlier term."""
+    """Gives a segment to the pool. ``attached``: live writers of this host that may hold grants in this memory.
+
+    Sent again with the same incarnation it is answered with the same number. The donor scans its directory only after the
+    answer: the server takes every commit it is told of before a registration for one that the scan will see.
+    """
 
     segment_id: SegmentId
     incarnation: U63
@@ -189,7 +195,10 @@ class RegisterSegment(Request, tag=4):
 
 
 class Handover(Request, tag=5):
-    """A page of a registered segment's records; ``last`` ends it. A fresh segment sends one empty last page."""
+    """A page of a registered segment's records; ``last`` ends it. A fresh segment sends one empty last page.
+
+    Answered with ``Done`` (records taken); a page sent twice is harmless.
+    """
 
     number: U32
     items: Annotated[list[RecordInfo], msgspec.Meta(max_length=MAX_ITEMS_PER_PAGE)]
@@ -236,7 +245,7 @@ class Reserve(Request, tag=11):
 
     keys: KeyBlob
     parent: ParentKey
-    rank: U16
+    rank: Rank
     ranks: Ranks
     nbytes: U63  # of each payload
     tokens: U32  # of each chunk
@@ -334,15 +343,13 @@ class Orders(Message, tag=65):
     term: U63
     gone: list[int]  # of the heartbeat's ``attached``: segments that are no more; unmap them
     retire: list[tuple[int, list[RetireItem]]]  # (segment number, records) for this donor to retire in memory
-    retire_tenants: list[tuple[int, int, bool, int]]  # (segment number, tenant, everything, generations below)
-    probe: list[bytes]  # sessions for this donor to prove dead
-    resync: bool  # say hello again with what is outstanding
-    register_again: list[int]  # segment numbers the server no longer knows as the donor does
+    probe: list[bytes]  # sessions of this host for this donor to prove dead
 
 
 class Registered(Message, tag=66):
     """Answers a registration with the segment's number in this term."""
 
+    term: U63
     number: int
 
 
@@ -355,13 +362,18 @@ class Done(Message, tag=67):
 class Hits(Message, tag=68):
     """Answers ``Lookup``: chunks in the run, and the lease on them (0 = none)."""
 
+    term: U63
     hits: int
     lease: int
 
 
 class Placements(Message, tag=69):
-    """Answers ``Acquire``: ``len(placements) // PLACEMENT.size`` chunks; ``segments`` the session was not told of yet."""
+    """Answers ``Acquire``: ``len(placements) // PLACEMENT.size`` chunks; ``segments`` the session was not told of yet.
 
+    ``lease`` 0: nothing was leased (no hit, or the session holds too many leases) and ``placements`` is empty.
+    """
+
+    term: U63
     lease: int
     placements: bytes
     segments: list[SegmentInfo]
