@@ -1,0 +1,40 @@
+# The commands of this repository. Each does its own set-up: `make demo` and `make test` work on a fresh machine.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format bench clean environment
+BIN := .venv/bin
+# What the packages and their checks are made of; tests are typed less strictly.
+PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
+CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
+ARGS ?=
+
+help: ## Show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+environment: ## Create .venv with everything in it (the other targets do so by themselves)
+	@tools/prepare-environment
+
+demo: environment ## Run the main job: two vLLM engines share a prefix (ARGS="--no-llm" for plain processes)
+	@$(BIN)/vcache demo $(ARGS)
+
+test: environment ## Run the tests, real processes and one vLLM engine included
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: environment ## Run the slow matrix of real engines and faults
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: environment ## Formatting, lint, types, and that nothing unpickles or evaluates
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/mypy
+	$(BIN)/python tools/check_forbidden.py $(PACKAGES) benchmarks examples
+
+format: environment ## Format the code and repair what lint can
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+bench: environment ## Measure (ARGS="NAME --quick --json FILE")
+	@$(BIN)/vcache bench $(ARGS)
+
+clean: ## Remove what was built, .venv included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
