@@ -1,0 +1,44 @@
+"""Slots of tokens, as engines pass them, to the blocks they fill."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def blocks_of_slots(
+    slot_mapping: torch.Tensor | npt.NDArray[np.int64], block_size: int, num_blocks: int
+) -> npt.NDArray[np.int64]:
+    """The block of each ``block_size`` slots, int64 ``[len(slot_mapping) // block_size]``.
+
+    Slot ``b * block_size + i`` holds token ``i`` of block ``b``. Only whole blocks can be moved, so the slots must be whole
+    blocks in order. Raises ValueError that names ``slot_mapping`` and the first index that is padding (-1), out of range or
+    not where its block needs it.
+    """
+    if isinstance(slot_mapping, torch.Tensor):
+        slots = slot_mapping.detach().cpu().numpy() if not slot_mapping.dtype.is_floating_point else np.empty(0)
+        dtype = str(slot_mapping.dtype).removeprefix("torch.")
+        shape = tuple(slot_mapping.shape)
+    else:
+        slots = np.asarray(slot_mapping)
+        dtype, shape = str(slots.dtype), slots.shape
+    if slots.dtype.kind not in "iu" or len(shape) != 1:
+        raise ValueError(f"slot_mapping must be a 1-D tensor or array of integers, not {dtype} of shape {shape}")
+    if len(slots) % block_size:
+        raise ValueError(f"slot_mapping has {len(slots)} slots, not a multiple of the block size {block_size}")
+    rows = slots.astype(np.int64, copy=False).reshape(-1, block_size)
+    blocks = rows[:, 0] // block_size
+    expected = blocks[:, None] * block_size + np.arange(block_size)
+    wrong = (rows != expected) | (rows < 0) | (rows >= num_blocks * block_size)
+    if wrong.any():
+        index = int(np.flatnonzero(wrong)[0])
+        slot = int(slots[index])
+        if slot == -1:
+            reason = "padding: pass only the slots of real tokens"
+        elif not 0 <= slot < num_blocks * block_size:
+            reason = f"out of range: {num_blocks} blocks of {block_size} are slots 0 to {num_blocks * block_size - 1}"
+        else:
+            reason = f"not block-aligned: slot {int(expected.flat[index])} belongs there (block size {block_size})"
+        raise ValueError(f"slot_mapping[{index}] is {slot}, {reason}")
+    return np.ascontiguousarray(blocks)
