@@ -1,0 +1,94 @@
+"""The interface of a store below the pool, and the store that holds nothing.
+
+A store keeps *shards*, one rank's payload of one chunk. All calls are batched; they may block and may raise, so nobody on a
+serving path calls an implementation directly: deadlines, retries and the breaker are the guard's business, not each
+store's. Buffers are the caller's: one-dimensional uint8 tensors in host memory of exactly the payload's size, valid and
+unshared until the call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from vcache.keys import ChunkKey
+
+
+class Shard(NamedTuple):
+    """Names one object of a store."""
+
+    key: ChunkKey
+    rank: int
+
+
+class Got(IntEnum):
+    """What ``get_into`` did for one shard."""
+
+    LOADED = 0  # every byte of the buffer is the shard's
+    ABSENT = 1
+    INVALID = 2  # an object was there, but its header or checksum was not this shard's; the store has removed it
+    FAILED = 3  # it may be there: the store, or the owner of its bytes, did not deliver
+
+
+class Put(IntEnum):
+    """What ``put_from`` did for one shard."""
+
+    STORED = 0
+    EXISTS = 1  # the store had it already; nothing was written
+    FULL = 2
+    FAILED = 3
+
+
+class Store(Protocol):
+    """A place for shards that outlives the pool's segments. Implementations are thread-safe."""
+
+    def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
+        """Whether each shard is there now. No promise that it still is when it is asked for."""
+        ...
+
+    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
+        """Fills ``buffers[i]`` with ``shards[i]``. Only after ``LOADED`` does a buffer hold anything one may use."""
+        ...
+
+    def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:
+        """Stores ``buffers[i]`` as ``shards[i]``: afterwards the shard is there whole, or not at all."""
+        ...
+
+    def remove(self, shards: Sequence[Shard]) -> int:
+        """Removes shards; how many were there. A removed shard does not come back by itself."""
+        ...
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ends the store, finishing what is under way for at most ``timeout_s``. Calling it twice is harmless."""
+        ...
+
+
+class NullStore:
+    """No store: everything is absent, nothing is kept."""
+
+    def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
+        return [False] * len(shards)
+
+    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
+        return [Got.ABSENT] * len(shards)
+
+    def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:
+        return [Put.FAILED] * len(shards)
+
+    def remove(self, shards: Sequence[Shard]) -> int:
+        return 0
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        return
+
+
+def leading_run(store: Store, keys: Sequence[ChunkKey], ranks: int) -> int:
+    """How many of ``keys``, from the first on, the store holds with the shards of all ``ranks``. One batched call."""
+    if isinstance(store, NullStore):  # naming the shards of a long prompt would cost as much as hashing it
+        return 0
+    present = store.contains([Shard(key, rank) for key in keys for rank in range(ranks)])
+    return next((index // ranks for index, there in enumerate(present) if not there), len(keys))
