@@ -173,6 +173,13 @@ class VCacheConfig(BaseSettings):
             raise ConfigError("\n".join(problems))
         self._origins = origins
 
+    def __eq__(self, other: object) -> bool:
+        """Equal settings, wherever they came from."""
+        return isinstance(other, VCacheConfig) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> Self:
         """The configuration of a YAML file (default: what ``VCACHE_CONFIG_FILE`` names), environment and overrides."""

@@ -164,10 +164,10 @@ class FileSource(Source):
             seen[name] = origin
             if name in self.sections and isinstance(node, yaml.MappingNode):
                 self._walk_nodes(node, f"{name}.", path)
+                continue
+            try:
+                value = yaml.constructor.SafeConstructor().construct_document(node)
+            except yaml.YAMLError as error:
+                self.problems.append(f"{name} (from {origin}): not a plain value: {error}")
             else:
-                self._walk({key.value: _constructed(node)}, prefix, origin)
-
-
-def _constructed(node: yaml.Node) -> Any:
-    constructor = yaml.constructor.SafeConstructor()
-    return constructor.construct_document(node)
+                self._walk({key.value: value}, prefix, origin)
