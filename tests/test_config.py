@@ -264,6 +264,10 @@ def test_a_configuration_error_is_also_a_value_error_of_ours():
             "server.liveness_timeout = 2s: must be at least 3 times server.heartbeat_interval = 1s; use 3s or more",
         ),
         ({"client": {"lease": "2min"}}, "client.lease = 120s: longer than server.max_lease = 60s"),
+        (
+            {"segment": {"size": "2MB"}},
+            "segment.size = 2000000: must be a multiple of 4096 bytes (a page); use 1998848",
+        ),
         ({"runtime_dir": "here"}, "runtime_dir = 'here': must be an absolute path"),
     ],
 )

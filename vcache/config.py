@@ -35,6 +35,8 @@ from vcache.units import format_duration, format_size, parse_duration, parse_siz
 MAX_IPC_PATH_BYTES: Final = 107
 #: Liveness is judged on several heartbeats, so that one lost or late one means nothing.
 MIN_HEARTBEATS_PER_LIVENESS: Final = 3
+#: Segments are whole pages.
+PAGE_BYTES: Final = 4096
 _DAY_S: Final = 86_400.0
 DEFAULT_ORIGIN: Final = "default"
 
@@ -271,6 +273,9 @@ class VCacheConfig(BaseSettings):
                 f"client.lease = {format_duration(self.client.lease)}: longer than server.max_lease = "
                 f"{format_duration(self.server.max_lease)}; shorten the one or raise the other"
             )
+        if self.segment.size % PAGE_BYTES:
+            whole = self.segment.size // PAGE_BYTES * PAGE_BYTES
+            yield f"segment.size = {self.segment.size}: must be a multiple of {PAGE_BYTES} bytes (a page); use {whole}"
         if self.runtime_dir and not Path(self.runtime_dir).is_absolute():
             yield f"runtime_dir = {self.runtime_dir!r}: must be an absolute path, such as /dev/shm/vcache"
 
