@@ -150,9 +150,7 @@ class Server:
                 is_empty = self._receive_batch(zmq.DONTWAIT if service.has_work else 0)
                 now = time.monotonic()
                 if service.has_work or now >= next_tick:
-                    drained = self._fairness.all_had_a_turn(
-                        is_empty=is_empty or not socket.get(zmq.EVENTS) & zmq.POLLIN
-                    )
+                    drained = self._fairness.all_had_a_turn(is_empty=is_empty or not self._has_input())
                     self._send(self._tick(now, drained))
                     next_tick = now + _TICK_S
         log.info("ends")
