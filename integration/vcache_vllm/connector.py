@@ -21,6 +21,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vcache.engine import VCacheEngine
 from vcache.errors import ConfigError
 from vcache.failures import FailureLog
+from vcache.log import configure
 from vcache_vllm.metadata import StepOrders, StepReport, StoreOrder, WorkerIntroduction
 from vcache_vllm.model_spec import reason_to_decline
 from vcache_vllm.options import ConnectorOptions
@@ -57,6 +58,7 @@ class VCacheConnector(KVConnectorBase_V1):
         self._options = ConnectorOptions.of(
             transfer.kv_connector_extra_config, block_size=vllm_config.cache_config.block_size
         )
+        configure(self._options.config.log_level, "vllm")  # both roles may live in one process
         self._failures = FailureLog(logger)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

@@ -27,6 +27,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str = "bfloat16"
     step_tokens: int = 2048
     num_blocks: int | None = None
+    max_model_len: int = 4096
     prefix_caching: bool = True
     pause_before_load: bool = False
 
@@ -54,7 +55,7 @@ class Serving:
             skip_tokenizer_init=True,
             enforce_eager=True,
             block_size=BLOCK_SIZE,
-            max_model_len=4096,
+            max_model_len=options.max_model_len,
             max_num_batched_tokens=options.step_tokens,
             max_num_seqs=4,
             num_gpu_blocks_override=options.num_blocks,

@@ -87,7 +87,7 @@ def test_blocks_that_were_reused_are_stored_and_loaded_rightly(
     pool: Pool, start_engine: StartEngine, prompt: list[int]
 ) -> None:
     """A KV cache of 40 blocks: prompts that arrive together preempt each other and resume in other blocks."""
-    options = {"num_blocks": 40, "step_tokens": 512, "dtype": "float32"}
+    options = {"num_blocks": 40, "max_model_len": 1024, "step_tokens": 512, "dtype": "float32"}
     alone, first, second = start_engine(**options), start_engine("cpu:0", **options), start_engine("cpu:1", **options)
     texts = [prompt[start : start + 560] for start in (0, 600, 1200)]
     expected = alone.generate(*texts, max_tokens=120)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ class Stage:
 
     def __init__(self) -> None:
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self.directory = Path(tempfile.mkdtemp(prefix="vcache-demo-", dir=parent))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"vcache-demo-{os.getpid()}-", dir=parent))
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
@@ -164,7 +165,10 @@ class Stage:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs."""
+    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
