@@ -144,6 +144,16 @@ class Directory:
         self._words.store(word, 0)
         return True
 
+    def retire_committed(self) -> int:
+        """Frees every record that is committed, and leaves those that a writer is at; how many."""
+        retired = 0
+        for start in range(0, self.count, _SCAN_RECORDS):
+            records = np.arange(start, min(start + _SCAN_RECORDS, self.count))
+            held = self._words.load_each(self._first + records * RECORD_WORDS + GENERATION)
+            for index in np.flatnonzero((held != 0) & (held & _ONE == 0)).tolist():
+                retired += self.retire(start + index, int(held[index]))
+        return retired
+
     def generation(self, record: int) -> int:
         """0 free, odd while a writer is at work, even once committed."""
         return self._words.load(self._word(record) + GENERATION)
