@@ -102,7 +102,7 @@ def server_values(stats: ServerStats | None) -> dict[str, StatsValue]:
         "server_pins": stats.pins,
         "server_sessions": stats.sessions,
         "server_segments": len(stats.segments),
-        "evictions": stats.counters.get("evictions", 0),
+        "evictions": stats.counters.get("evicted", 0),
         **_pool_bytes(stats),
     }
 
