@@ -3,7 +3,8 @@
 ``system_config.yaml`` documents each setting with its default (a test keeps the two equal). A configuration that cannot
 work fails here, at construction, with a ``ConfigError`` that names the field, the value, where it came from and what
 would work. Not here: how text becomes bytes and seconds (``units.py``), how values are read and remembered
-(``settings_sources.py``), the CURVE key files that ``server.curve`` names (``curve.py``).
+(``settings_sources.py``), the CURVE key files that ``server.curve`` names (``curve.py``), whether a segment holds one
+chunk, which needs the model (``donation.py``).
 """
 
 from __future__ import annotations
@@ -225,20 +226,6 @@ class VCacheConfig(BaseSettings):
             for name, value, origin in self.settings()
             if origin != DEFAULT_ORIGIN and value != ""
         }
-
-    def check_segment(self, payload_bytes: int, *, data_bytes: int | None = None) -> None:
-        """Refuses a segment into which not one chunk fits.
-
-        ``payload_bytes``: one shard's bytes, known once the model is. ``data_bytes``: the segment's bytes after its
-        directory (default: ``segment.size``, as if the directory took nothing). Raises ``ConfigError``.
-        """
-        available = self.segment.size if data_bytes is None else data_bytes
-        if payload_bytes > available:
-            raise ConfigError(
-                f"segment.size = {format_size(self.segment.size)} (from {self.origin('segment.size')}): smaller than "
-                f"one chunk: {self.chunk_size} tokens of this model take {payload_bytes} bytes, the segment holds "
-                f"{available}; use a larger segment.size or a smaller chunk_size"
-            )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
