@@ -22,6 +22,8 @@ from vcache.paged_kv import PagedKV
 LARGEST_TILE_BYTES = 16 << 10
 SMALLEST_TILE_BYTES = 2 << 10
 NUM_WARPS = 4
+#: The word for each alignment; two int64 make a 16-byte access.
+WORDS = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 @triton.jit
@@ -137,12 +139,9 @@ def scatter(table: PlaneTable, block_ids: torch.Tensor, payloads: torch.Tensor, 
 
 
 def word_and_alignment(table: PlaneTable, payload_alignment: int) -> tuple[tl.dtype, int]:
-    """The widest word that fits every address and length, and the power of two up to 16 that divides them all.
-
-    Two int64 make a 16-byte access where the alignment allows.
-    """
+    """The widest word that fits every address and length, and the power of two up to 16 that divides them all."""
     alignment = gcd(table.alignment, payload_alignment, 16)
-    return {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[alignment], alignment
+    return WORDS[alignment], alignment
 
 
 def _launch(
