@@ -27,7 +27,10 @@ MAX_OUTSTANDING: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """A leased run. ``infos`` tells the segments that ``placements`` (``PLACEMENT_DTYPE``) number, whatever the term is later."""
+    """A leased run. ``infos`` tells the segments that ``placements`` (``PLACEMENT_DTYPE``) number, whatever the term is later.
+
+    A number that is not in it cannot be mapped.
+    """
 
     lease: int
     placements: PlacementArray
@@ -156,6 +159,8 @@ class Session:
             at = [index for index, outcome in enumerate(reply.outcomes) if outcome == Outcome.GRANTED]
             for index, row in zip(at, placements.tolist(), strict=True):
                 number, record, generation, offset, nbytes = row
+                if number not in infos:
+                    continue  # nobody can write there: its caller gives it back
                 start = index * KEY_BYTES
                 self._held.outstanding[generation] = Reservation(
                     segment_id=infos[number].segment_id,
@@ -216,4 +221,5 @@ class Session:
             self._infos[info.number] = info
 
     def _named(self, placements: PlacementArray) -> dict[int, SegmentInfo]:
-        return {number: self._infos[number] for number in np.unique(placements["segment"]).tolist()}
+        numbers = set(placements["segment"].tolist())
+        return {number: info for number in numbers if (info := self._infos.get(number)) is not None}
