@@ -70,7 +70,7 @@ class SchedulerSide:
         if prompt is None or not self._loads or request.skip_reading_prefix_cache:
             return 0
         prompt.local_tokens = local_tokens
-        most = (request.num_tokens - 1) // self._block_size * self._block_size
+        most: int = (request.num_tokens - 1) // self._block_size * self._block_size
         if min(len(prompt.keys) * self._chunk_size, most) <= local_tokens:
             return 0
         self._look_up(prompt)
@@ -153,11 +153,11 @@ class SchedulerSide:
             return
         self._release(prompt)
         found = self._engine.lookup_keys(prompt.keys, lease_s=self._lease_s)
-        prompt.hits, prompt.lease, prompt.valid_until = found.total, found.lease, now + self._valid_s
+        prompt.hits, prompt.lease, prompt.valid_until = found.hits, found.lease, now + self._valid_s
 
     def _release(self, prompt: Prompt) -> None:
         if prompt.lease:
-            self._engine.release_lease(prompt.lease)
+            self._engine.release(prompt.lease)
         prompt.lease, prompt.valid_until = 0, 0.0
 
     def _store_orders(self, output: Any) -> Iterator[StoreOrder]:

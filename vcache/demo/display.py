@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -57,15 +58,16 @@ def _nothing() -> Iterator[None]:
 
 
 def _engines(report: DemoReport) -> Table:
-    table = Table(title="What each step did", title_justify="left")
+    table = Table(title="What each step did, in tokens of the prompt", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("step")
-    for column in ("computed", "loaded", "from", "moved", "GB/s", "TTFT"):
+    for column in ("device", "computed", "loaded", "from", "moved", "GB/s", "TTFT"):
         table.add_column(column, justify="right", no_wrap=True)
     for engine in ([report.reference] if report.reference else []) + report.engines:
         table.add_row(
-            f"{engine.name} ({engine.device})",
-            f"{engine.tokens_computed} tokens",
-            f"{engine.tokens_loaded} tokens",
+            engine.name,
+            engine.device,
+            str(engine.tokens_computed),
+            str(engine.tokens_loaded),
             engine.source or "-",
             *_moved(engine),
             "-" if engine.ttft_s is None else f"{engine.ttft_s * 1000:.0f} ms",
@@ -106,6 +108,6 @@ def _verdict(report: DemoReport) -> Iterator[str]:
     else:
         yield f"[red]NOT identical[/]: {what} should equal what comes out without VCache"
     if report.loaded:
-        yield f"[green]loaded[/]: {report.loaded} of {report.prompt_tokens} prompt tokens came from {second.source}"
+        yield f"[green]loaded[/]: {report.loaded} of {report.prompt_tokens} prompt tokens came from the segment on {second.source}"
     else:
         yield "[red]nothing was loaded[/]: the second engine found nothing in the pool"

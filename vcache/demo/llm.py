@@ -41,7 +41,7 @@ def run_llm(stage: Stage, display: Display, devices: tuple[Device, Device], prom
     source = devices_in_use(server_stats(config))
     second = _run(stage, display, "engine B", devices[1], prompt, config)
     if second.tokens_loaded:
-        second = msgspec.structs.replace(second, source=f"segment on {source}")
+        second = msgspec.structs.replace(second, source=source)
     return DemoReport(
         identical=reference.tokens == first.tokens == second.tokens,
         engines=[first, second],

@@ -51,7 +51,7 @@ def run_plain(stage: Stage, display: Display, devices: tuple[Device, Device], to
                 tokens_computed=whole - second.tokens,
                 tokens_loaded=second.tokens,
                 ttft_s=None,
-                source=f"segment on {source}" if second.tokens else "",
+                source=source if second.tokens else "",
                 bytes_loaded=second.tokens * TOKEN_BYTES,
                 load_s=median(second.seconds),
             ),

@@ -6,6 +6,7 @@ kernel ends them too if the parent is killed outright.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -86,6 +87,11 @@ class Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (it printed nothing)"
 
+    def wait(self, timeout_s: float) -> None:
+        """Waits for it to end by itself, at most this long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
     def stop(self) -> None:
         """Asks it to end, and ends it when it does not; harmless on one that has ended."""
         if self.running:
@@ -152,7 +158,8 @@ class Stage:
             time.sleep(0.05)  # polled: readiness lies in another process's state
 
     def finished(self, child: Child) -> None:
-        """Ends a child whose work is done."""
+        """Lets a child whose work is done take its leave of the pool."""
+        child.wait(STOP_TIMEOUT_S)
         child.stop()
         self._children.remove(child)
 
