@@ -57,6 +57,7 @@ def main() -> int:
             return 1
         print("lookup before:", second.lookup(tokens), "tokens")
         first.store(tokens, slot_mapping=slots_of(first_blocks)[: len(tokens)])
+        print("stored:       ", first.get_stats()["stored"], "chunks")
         print("lookup after: ", second.lookup(tokens), "tokens")
         loaded = second.retrieve(tokens, slot_mapping=slots_of(second_blocks)[: len(tokens)])
         print("loaded:       ", int(loaded.sum()), "tokens")

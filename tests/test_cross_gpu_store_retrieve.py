@@ -166,9 +166,9 @@ def test_one_process_loads_on_device_1_what_another_stored_on_device_0(
         run(runtime_dir, lines.append, file)
     key = next(line for line in lines if "first key" in line).split()[-1]
     followed = [line for line in log.read_text().splitlines() if key in line]
-    assert any("server" in line for line in followed), followed
-    assert any("stored" in line for line in followed), followed
-    assert any("loaded" in line for line in followed), followed
+    assert any("vram_metadata_server" in line for line in followed), followed
+    assert any("pool.writing: stored" in line for line in followed), followed
+    assert any("pool.reading: read" in line for line in followed), followed
 
 
 def main() -> None:

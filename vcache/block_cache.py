@@ -129,7 +129,7 @@ class BlockCache:
             lookup_chunks=len(keys),
             lookup_hits=pool + store,
         )
-        logger.debug("lookup: %d of %d chunks in the pool, %d in the store: %s", pool, len(keys), store, KeyText(keys))
+        logger.debug("lookup: %d of %d chunks in the pool, %d in the store: %s", pool, len(keys), store, _span(keys))
         return KeyHits(pool, store, lease)
 
     def contains(self, key: ChunkKey) -> int:
@@ -186,7 +186,7 @@ class BlockCache:
             validation_failures=invalid,
         )
         self._counters.moved("read", moved, seconds)
-        logger.debug("retrieve: loaded %d of %d chunks: %s", loaded, len(keys), KeyText(keys[:loaded]))
+        logger.debug("retrieve: loaded %d of %d chunks: %s", loaded, len(keys), _span(keys))
         return loaded
 
     def begin_store(
@@ -244,7 +244,7 @@ class BlockCache:
         seconds = time.perf_counter() - started
         self._counters.add(store_calls=1, store_seconds=seconds, stored=stored, store_lost=granted - stored)
         self._counters.moved("written", moved, seconds)
-        logger.debug("store: stored %d of %d chunks: %s", stored, len(keys), KeyText(keys))
+        logger.debug("store: stored %d of %d chunks: %s", stored, len(keys), _span(keys))
         return stored
 
     def release(self, lease: int) -> None:
@@ -326,3 +326,8 @@ def _parts(keys: Sequence[ChunkKey]) -> Iterator[Sequence[ChunkKey]]:
     """``keys`` in as few calls as the protocol allows: one, save for the very longest prompts."""
     for start in range(0, len(keys), MAX_KEYS_PER_CALL):
         yield keys[start : start + MAX_KEYS_PER_CALL]
+
+
+def _span(keys: Sequence[ChunkKey]) -> KeyText:
+    """The first and the last key, for the log; the pool names each."""
+    return KeyText(keys if len(keys) < 2 else (keys[0], keys[-1]))

@@ -8,6 +8,7 @@ dead donor, a full pool) is a miss, a counter and a line in the log. Not here: m
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ class VCacheEngine:
             self.config,
             device=device_name(where) if where is not None else "",
             writes=role == "worker",
-            name=f"{role} {rank}/{model.ranks}",
+            name=f"{role} {rank}/{model.ranks} pid {os.getpid()}",
         )
         self._donor: Donor | None = None
         self._cache = BlockCache(self._client, self._store, model=model, rank=rank, counters=Counters())

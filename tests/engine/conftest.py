@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,17 +48,19 @@ class Worker:
         return answer
 
 
+def donate(processes: Processes, config: VCacheConfig, size: str = "4MiB", device: str = "cpu:0") -> Child:
+    """Starts a stand-alone donor; returns once its segment serves."""
+    before = serving_segments(config)
+    child = processes.python("-m", "vcache.cli", "donate", "--device", device, "--size", size, config=config)
+    eventually(lambda: serving_segments(config) > before or not child.running, "a donor's segment")
+    assert child.running, child.report()
+    return child
+
+
 @pytest.fixture
 def start_donor(processes: Processes) -> Callable[..., Child]:
-    """Starts a stand-alone donor; returns once its segment serves."""
-
-    def start(config: VCacheConfig, size: str = "4MiB", device: str = "cpu:0") -> Child:
-        before = serving_segments(config)
-        child = processes.python("-m", "vcache.cli", "donate", "--device", device, "--size", size, config=config)
-        eventually(lambda: serving_segments(config) > before, f"a donor's segment\n{child.report()}")
-        return child
-
-    return start
+    """Starts a stand-alone donor (``size``, ``device``); returns once its segment serves."""
+    return partial(donate, processes)
 
 
 @pytest.fixture
@@ -69,11 +75,28 @@ def start_worker(processes: Processes) -> Callable[..., Worker]:
     return start
 
 
+@pytest.fixture(scope="package")
+def lasting_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VCacheConfig]:
+    """A server and one donor that serve all tests of this package which kill neither."""
+    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
+    processes = Processes(tmp_path_factory.mktemp("pool"))
+    try:
+        config = VCacheConfig(runtime_dir=str(directory))
+        processes.server(config)
+        donate(processes, config)
+        yield config
+    finally:
+        processes.close()
+        shutil.rmtree(directory)
+
+
 @pytest.fixture
-def pool(config: VCacheConfig, server: Child, start_donor: Callable[..., Child]) -> VCacheConfig:
-    """A server and one donor."""
-    start_donor(config)
-    return config
+def pool(lasting_pool: VCacheConfig) -> Iterator[VCacheConfig]:
+    """A server and one donor, empty at the beginning of the test."""
+    yield lasting_pool
+    with VCacheEngine(lasting_pool, model=model_of(), role="scheduler") as engine:
+        engine.clear()
+        assert engine.get_stats()["server_entries"] == 0
 
 
 @pytest.fixture

@@ -134,14 +134,12 @@ def test_errors_in_the_pool_become_misses_and_one_line(pool, open_engine, monkey
     """What no test can provoke from outside: the copy itself fails."""
     engine = open_engine(pool)
     store(engine, PROMPTS[0])
-    import vcache.pool.reading as reading
-    import vcache.pool.writing as writing
 
     def broken(*_, **__):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(reading, "scatter", broken)
-    monkeypatch.setattr(writing, "gather", broken)
+    monkeypatch.setattr("vcache.transfer.scatter", broken)
+    monkeypatch.setattr("vcache.transfer.gather", broken)
     with caplog.at_level(logging.WARNING, logger="vcache.engine"):
         for _ in range(3):
             assert loaded(engine, PROMPTS[0]) == 0

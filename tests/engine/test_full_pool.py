@@ -8,7 +8,7 @@ from tests.engine.conftest import eventually
 from tests.engine.kv import CHUNK, fill, model_of, new_tensors, slots_of, wrong_blocks
 
 HERE, THERE = list(range(8)), list(range(20, 28))
-#: Each prompt of four chunks is 4 extents of 4 KiB.
+#: Four chunks each, together more than a segment of 1 MiB has records for (64).
 PROMPTS = [[own] * (4 * CHUNK) for own in range(1, 41)]
 
 
@@ -28,7 +28,7 @@ def loaded(engine, tokens):
 @pytest.fixture
 def full(config, server, start_donor, open_engine):
     """An engine on a pool of about 60 chunks."""
-    start_donor(config, size="256KiB")
+    start_donor(config, size="1MiB")
     return open_engine(config)
 
 
@@ -78,8 +78,8 @@ def test_a_pool_without_a_segment_takes_nothing(config, server, open_engine):
 
 
 def test_a_chunk_larger_than_any_segment_is_declined(config, server, start_donor, open_engine):
-    start_donor(config, size="256KiB")
-    wide = {f"layer.{i}": tensor for i, tensor in enumerate(new_tensors(8, layers=600).values())}
-    engine = open_engine(config, model=model_of(layers=600))
+    start_donor(config, size="1MiB")
+    wide = {f"layer.{i}": tensor for i, tensor in enumerate(new_tensors(8, layers=2400).values())}
+    engine = open_engine(config, model=model_of(layers=2400))
     engine.store([1] * CHUNK, kvcaches=wide, slot_mapping=slots_of([0, 1]))
     assert engine.get_stats()["store_declined"] == 1
