@@ -213,10 +213,14 @@ def check_distinct(name: str, block_ids: npt.NDArray[np.int64]) -> None:
 
 
 def check_keys(name: str, keys: object) -> None:
-    """Refuses anything but a sequence of 16-byte keys."""
+    """Refuses anything but a sequence of 16-byte keys; no Python code per key."""
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         raise ValueError(f"{name} must be a sequence of chunk keys, got {type(keys).__name__}")
-    if not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+    try:
+        whole = b"".join(keys)
+    except TypeError:
+        whole = b""
+    if len(whole) != KEY_BYTES * len(keys) or not {KEY_BYTES}.issuperset(map(len, keys)):
         raise ValueError(f"{name} must hold chunk keys ({KEY_BYTES} bytes each) only")
 
 
