@@ -209,6 +209,8 @@ class Writes:
             if reservation.segment is segment:
                 self._expire(reservation)
                 reservation.segment = None
+                if reservation.stopped:
+                    self.settle(reservation)
 
     def heard_from(self, session: bytes, seen: int, outstanding: Iterable[int]) -> None:
         """*heartbeat settles* every reservation of the session up to ``seen`` that it does not list."""
