@@ -21,7 +21,7 @@ from vcache import protocol
 from vcache.errors import ProtocolError, UnavailableError
 from vcache.failures import FailureLog
 from vcache.pool.background import Background, MakeRequest
-from vcache.pool.session import Session
+from vcache.pool.session import Fate, Session
 from vcache.pool.wire import Socket, decoded
 from vcache.protocol import AnyReply, Error, ErrorCode, Grants, Hits, Placements
 
@@ -39,11 +39,11 @@ _CLOSE_LINGER_MS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class OneWay:
-    """A message without a reply. ``gives_up``: grants it settles. ``is_commit``: to be told later if it cannot be now."""
+    """A message without a reply. ``stopped``: grants whose fate it tells; if it cannot be told now, it will be later."""
 
     make: MakeRequest
-    gives_up: Sequence[int] = ()
-    is_commit: bool = False
+    stopped: Sequence[int] = ()
+    fate: Fate = Fate.ABORTED
 
 
 class Calls:
@@ -213,11 +213,12 @@ class Calls:
                     is_sent = True
                 except zmq.Again:
                     self._count("unsent_messages")
-            if is_sent or not message.is_commit:
-                # Unsent, an abort tells itself: the next hello or heartbeat does not name the grant any more.
-                self._session.settled(message.gives_up)
+            if not message.stopped:
+                continue
+            if is_sent:
+                self._session.told(message.stopped, message.fate, time.monotonic())
             else:
-                self._session.committed(message.gives_up)
+                self._session.stopped(message.stopped, message.fate)
 
     # --- without it -----------------------------------------------------------------------------------------------
 

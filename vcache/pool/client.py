@@ -21,7 +21,16 @@ from vcache.pool.background import Background, MakeRequest, Member
 from vcache.pool.calls import Calls, OneWay
 from vcache.pool.mappings import Mappings, Use
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir
-from vcache.pool.session import PLACEMENT_DTYPE, Acquired, Granted, PlacementArray, Session
+from vcache.pool.session import (
+    MAX_OUTSTANDING,
+    PLACEMENT_DTYPE,
+    RESERVATION_WIRE_BYTES,
+    Acquired,
+    Fate,
+    Granted,
+    PlacementArray,
+    Session,
+)
 from vcache.pool.wire import dealer
 from vcache.protocol import (
     KEY_BYTES,
@@ -82,7 +91,10 @@ class PoolClient:
         self.runtime = RuntimeDir(config.runtime_path)
         self.host = self.runtime.host_id
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
-        self.session = Session(b"\x01" + secrets.token_bytes(15))
+        self.session = Session(
+            b"\x01" + secrets.token_bytes(15),
+            max_named=min(MAX_OUTSTANDING, config.server.max_message_bytes // RESERVATION_WIRE_BYTES),
+        )
         self.mappings = Mappings(self.runtime, host=self.host)
         self._count_lock = threading.Lock()
         self._pid = os.getpid()
@@ -183,24 +195,36 @@ class PoolClient:
     ) -> Granted | None:
         """Space for one rank's shards of a run of chunks, whose first has ``parent`` before it (empty: none).
 
-        Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. ``None`` when the server is
-        unavailable.
+        Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. Keys beyond what a hello could
+        name as outstanding are declined. ``None`` when the server is unavailable.
         """
         _check_keys(keys)
         if self._alive is None:
             raise ValueError("writes = False: a client that reserves must be made with writes=True")
+        count = len(keys) // KEY_BYTES
+        if self.session.room < count:
+            self.background.confirm_soon()
+            if self.session.room <= 0:
+                self.count("calls_skipped")
+                return None
+        sent: list[protocol.Reserve] = []
 
         def make(id_: int, session: bytes, term: int) -> protocol.Reserve:
-            return protocol.Reserve(id_, session, term, keys, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+            # Here, under the calls' lock: no other thread's grants can come between the count of room and the reply.
+            asked = keys[: KEY_BYTES * max(1, self.session.room)]
+            sent.append(
+                protocol.Reserve(id_, session, term, asked, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+            )
+            return sent[0]
 
-        return self._call(Grants, make, lambda reply: self.session.granted(make(0, b"", 0), reply))
+        return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))
 
     def commit(self, generations: Sequence[int]) -> None:
         """Tells the server that these records are committed in memory. Never waits; without a session it is told later."""
         if generations:
             told = list(generations)
             self._tell(
-                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, is_commit=True)
+                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, Fate.COMMITTED)
             )
 
     def abort(self, generations: Sequence[int]) -> None:
@@ -262,7 +286,7 @@ class PoolClient:
         self.mappings.close()
         if is_stopped:
             self._context.term()
-        if not self.session.holds_grants:
+        if not self.session.is_writing:
             self._give_up_lock()
 
     # --- calls ----------------------------------------------------------------------------------------------------
