@@ -75,7 +75,13 @@ def _run(
 
 
 def _options(config: VCacheConfig) -> dict[str, Any]:
-    return {"runtime_dir": config.runtime_dir, "chunk_size": CHUNK_SIZE, "log_level": config.log_level}
+    client = {"call_timeout": config.client.call_timeout, "connect_timeout": config.client.connect_timeout}
+    return {
+        "runtime_dir": config.runtime_dir,
+        "chunk_size": CHUNK_SIZE,
+        "log_level": config.log_level,
+        "client": client,
+    }
 
 
 def _figures(name: str, device: Device, outcome: EngineOutcome) -> EngineFigures:
