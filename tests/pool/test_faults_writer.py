@@ -15,6 +15,11 @@ from tests.pool.payloads import NBYTES, load, new_keys, store, until
 from tests.pool.stopping_writer import STEPS
 
 MIB = 1 << 20
+#: A step of each kind in every run, all of them in the slow one.
+EACH_STEP = [
+    step if step in ("reserve", "copy_half", "commit_records") else pytest.param(step, marks=pytest.mark.slow)
+    for step in STEPS
+]
 #: 64 KiB payloads that 2 MiB of segment hold, beside the directory.
 ROOM = (2 * MIB - 4096 - 64 * 128) // NBYTES
 
@@ -59,7 +64,7 @@ def absent_or_whole(client, keys) -> None:
         assert load(client, [key]) in (0, 1)  # and every byte of what is served is checked
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", EACH_STEP)
 def test_a_writer_killed_after_a_step(pool, processes, step):
     config, _, client, donor = pool
     keys = new_keys(3)
@@ -74,7 +79,7 @@ def test_a_writer_killed_after_a_step(pool, processes, step):
     assert client.runtime.live_writers() == [client.session.id]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", EACH_STEP)
 def test_a_writer_suspended_after_a_step_past_its_deadline_and_resumed(pool, processes, step):
     config, _, client, donor = pool
     keys = new_keys(3)
@@ -101,6 +106,7 @@ def test_a_writer_suspended_after_a_step_past_its_deadline_and_resumed(pool, pro
     assert child.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["mark", "copy_half", "commit_records"])
 def test_a_writer_suspended_until_it_is_killed_gives_its_space_back(pool, processes, step):
     config, _, client, donor = pool
@@ -113,7 +119,7 @@ def test_a_writer_suspended_until_it_is_killed_gives_its_space_back(pool, proces
     all_space_comes_back(client, donor)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", EACH_STEP)
 def test_a_writer_suspended_while_the_server_restarts_spoils_nothing(pool, processes, step):
     """Grants wait for it; entries are back meanwhile; when it goes on, it says what it held."""
     config, server, client, donor = pool
@@ -134,7 +140,13 @@ def test_a_writer_suspended_while_the_server_restarts_spoils_nothing(pool, proce
     all_space_comes_back(client, donor)
 
 
-@pytest.mark.parametrize("step", ["mark_first", "mark", "copy_half", "commit_records", "tell"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "mark",
+        *[pytest.param(step, marks=pytest.mark.slow) for step in ("mark_first", "copy_half", "commit_records", "tell")],
+    ],
+)
 def test_a_writer_resumed_after_a_restart_that_dies_before_it_says_hello(pool, processes, step):
     """Its donor has scanned the records before it marked its own: nobody but the donor can tell of them."""
     config, server, client, donor = pool

@@ -217,6 +217,8 @@ class Calls:
                 continue
             if is_sent:
                 self._session.told(message.stopped, message.fate, time.monotonic())
+                if self._session.is_crowded:
+                    self._background.confirm_soon()
             else:
                 self._session.stopped(message.stopped, message.fate)
 

@@ -230,6 +230,11 @@ class Session:
         """How many more grants a hello could name, if it came to that."""
         return self._max_named - len(self._held.outstanding) - len(self._held.told)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether room is running out, and a heartbeat would make some."""
+        return self.room < self._max_named // 2 and bool(self._held.told)
+
     def stopped(self, generations: Iterable[int], fate: Fate) -> None:
         """Their writer has stopped, but the server cannot be told now: they stay outstanding until it was."""
         with self._lock:
