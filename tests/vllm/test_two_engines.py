@@ -6,9 +6,14 @@ partial local hit), float32 keeps rounding from deciding between tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from tests.support.processes import Child
 from tests.vllm.conftest import CHUNK_SIZE, Pool, StartEngine
+from vcache.config import VCacheConfig
+from vcache.server_query import fetch_stats
 
 pytestmark = pytest.mark.vllm
 
@@ -69,6 +74,20 @@ def test_prefixes_of_every_kind_are_loaded(pool: Pool, start_engine: StartEngine
     assert (loaded.cached, loaded.loaded) == (288, 1024 - 288)
     assert loaded.tokens == alone.generate(text).tokens
     assert second.ask("stats")["connector_errors"] == 0
+
+
+@pytest.mark.slow
+def test_an_engine_donates_its_own_memory_and_another_loads_from_it(
+    start_server: Callable[..., tuple[VCacheConfig, Child]], start_engine: StartEngine, prompt: list[int]
+) -> None:
+    config, _ = start_server(server={"liveness_timeout": "60s"})
+    text = prompt[:600]
+    giver = start_engine("cpu:0", connector={"donate": True, "segment": {"size": "64MiB"}}, step_tokens=512)
+    taker = start_engine("cpu:1", step_tokens=512)
+    computed = giver.generate(text)
+    loaded = taker.generate(text)
+    assert (loaded.loaded, loaded.tokens) == (2 * CHUNK_SIZE, computed.tokens)
+    assert [segment.device for segment in fetch_stats(config, timeout_s=30).segments] == ["cpu:0"]
 
 
 @pytest.mark.slow
