@@ -202,7 +202,8 @@ class Background:
                     os.eventfd_read(self._wake_fd)
                 self._notice_suspension()
                 self._receive()
-                self._keep_session()
+                with self._surviving("the session"):
+                    self._keep_session()
                 self._tick()
             self._goodbye()
         finally:

@@ -122,7 +122,10 @@ class Calls:
         return None
 
     def tell(self, message: OneWay) -> None:
-        """Sends a one-way message now, or when the call that has the socket is over. Never waits."""
+        """Sends a one-way message now, or when the call that has the socket is over. Never waits.
+
+        After ``close`` nothing is sent; that a writer has stopped is still noted in the session.
+        """
         self._one_way.append(message)
         self._flush_if_free()
 
@@ -202,9 +205,9 @@ class Calls:
         return request_id
 
     def _flush(self) -> None:
-        while self._one_way and not self._closed:
+        while self._one_way:
             message = self._one_way.popleft()
-            term = self._session.term
+            term = 0 if self._closed else self._session.term
             is_sent = False
             if term:
                 request = message.make(next(self._ids), self._session.id, term)
@@ -230,7 +233,7 @@ class Calls:
 
     def _flush_if_free(self) -> None:
         # Whoever has the lock looks again after giving it up, so no message is left behind.
-        while self._one_way and not self._closed and self._lock.acquire(blocking=False):
+        while self._one_way and self._lock.acquire(blocking=False):
             try:
                 self._flush()
             finally:

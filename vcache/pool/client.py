@@ -65,6 +65,8 @@ COUNTERS: Final = {
     "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
 }
 
+#: What the protocol allows a name.
+MAX_LABEL_CHARS: Final = 256
 #: What a removal may take beyond the liveness deadline, after which a donor that does not answer counts as dead.
 _REMOVAL_EXTRA_S: Final = 5.0
 _STOP_TIMEOUT_S: Final = 5.0
@@ -99,6 +101,7 @@ class PoolClient:
         self._count_lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
+        self._granted_all = False
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -109,7 +112,7 @@ class PoolClient:
                 self._context,
                 config,
                 self.session,
-                Member(self.host, name or f"{device} pid {self._pid}", device, writes),
+                Member(self.host, (name or f"{device} pid {self._pid}")[:MAX_LABEL_CHARS], device, writes),
                 mappings=self.mappings,
                 runtime=self.runtime,
                 maps_ahead=writes if maps_ahead is None else maps_ahead,
@@ -275,19 +278,19 @@ class PoolClient:
     def close(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
         """Ends the session, unmaps what is not in use. Donors are to be closed before. Harmless when called twice.
 
-        While grants are outstanding the session is not said to be over: a copy may still be running.
+        While writes are under way the session is not said to be over; it is, to donors, when the last of them is.
         """
         with self._count_lock:
             if self._is_over:  # a forked child owns neither the sockets nor the thread
                 return
             self._closed = True
         self._calls.close()
+        self._granted_all = True
         is_stopped = self.background.stop(timeout_s)
         self.mappings.close()
         if is_stopped:
             self._context.term()
-        if not self.session.is_writing:
-            self._give_up_lock()
+        self._end_if_done()
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -312,13 +315,20 @@ class PoolClient:
         return self._calls.call_deferred(Done, make, lambda reply: reply.count, timeout_s=timeout_s) or 0
 
     def _tell(self, message: OneWay) -> None:
-        if not self._is_over:
+        if os.getpid() == self._pid:
             self._calls.tell(message)
+            self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        """After ``close``: once no writer is at work, and none can begin, donors may take this client for dead."""
+        if self._granted_all and not self.session.is_writing:
+            self._give_up_lock()
 
     def _give_up_lock(self) -> None:
         if self._alive is not None:
-            self._alive.unlink()
-            self._alive.close()
+            with self._count_lock:  # two threads must not close one descriptor
+                self._alive.unlink()
+                self._alive.close()
 
 
 def _check_keys(keys: bytes) -> None:

@@ -25,7 +25,7 @@ from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory
-from vcache.pool.client import PoolClient
+from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.segment import Segment
 from vcache.protocol import (
     MAX_ITEMS_PER_PAGE,
@@ -69,7 +69,7 @@ class Donor:
         self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
     ) -> None:
         self.segment = Segment.create(memory, segment_id, records=config.segment.records)
-        self.label = label
+        self.label = label[:MAX_LABEL_CHARS]
         self._client = client
         self._background = client.background
         self._failures = FailureLog(logger)
