@@ -175,3 +175,36 @@ def test_a_client_closed_while_the_server_was_away_closes_no_gate(quick, open_cl
     assert other.wait_available(60)
     until(lambda: "serving" in [segment.state for segment in segments_of(config)], "an open gate")
     assert load(other, keys) == 2
+
+
+def test_a_write_that_ends_after_its_client_was_closed_gives_its_space_back(quick, open_client, open_donor):
+    """Else a process that closes its engine while a store is under way would hold the space until its own end."""
+    config, _ = quick
+    open_donor(config)
+    writer = open_client(config)
+    keys = new_keys(2)
+    write = start_write(writer, keys)
+    writer.close()
+    fill(write, keys)
+    assert write.complete() == 2
+    until(lambda: not segments_of(config)[0].records_used, "the space is free")
+    assert writer.reserve(keys[0], parent=b"", rank=0, ranks=1, nbytes=1, tokens=1, tenant=0) is None
+
+
+def test_a_gate_opens_though_a_writer_says_hello_only_after_the_scan(quick, open_client, open_donor, processes):
+    config, server = quick
+    donor = open_donor(config)
+    writer = open_client(config)
+    keys = new_keys(3)
+    assert store(writer, keys) == 3
+    term = writer.term
+    hello, may_say_hello = writer.background._hello, threading.Event()
+    writer.background._hello = lambda now: hello(now) if may_say_hello.wait(0.05) else None
+    server.kill()
+    processes.server(config)
+    until(lambda: donor._client.term != term and donor.registered, "the donor's registration")
+    assert segments_of(config)[0].state == "gated"
+    may_say_hello.set()
+    until(lambda: segments_of(config)[0].state == "serving", "an open gate")
+    until(lambda: load(writer, keys) == 3, "the entries are back")
+    assert donor.registered
