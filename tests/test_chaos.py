@@ -45,7 +45,7 @@ def harm_and_check(
         check_that_all_end(pool, runtime_dir)
         pool.check_logs()
     except BaseException as error:
-        error.add_note("\n".join(monkey.log))
+        error.add_note("\n".join([*monkey.log, *(child.report()[-3000:] for child in pool.children)]))
         raise
     print(monkey.log, {count.name: pool.board.total(count) for count in Count})
     for count in (Count.STORED, Count.VERIFIED, Count.REMOVED):

@@ -208,3 +208,16 @@ def test_a_gate_opens_though_a_writer_says_hello_only_after_the_scan(quick, open
     until(lambda: segments_of(config)[0].state == "serving", "an open gate")
     until(lambda: load(writer, keys) == 3, "the entries are back")
     assert donor.registered
+
+
+def test_a_donor_with_the_shortest_deadline_does_not_take_its_own_pauses_for_a_suspension(
+    start_server, open_client, open_donor, processes
+):
+    """Else each restart of the server would empty the pool."""
+    config, server = start_server(server={"heartbeat_interval": 1.0, "liveness_timeout": 3.0})
+    donor = open_donor(config)
+    background = donor._client.background
+    server.kill()
+    seen = [background._last_loop]
+    until(lambda: seen.append(background._last_loop) or len(set(seen)) > 6, "some rounds without a server")
+    assert background._suspended_at is None

@@ -209,7 +209,9 @@ class Background:
         due = self._next_heartbeat if self._session.term else max(self._next_hello, now)
         if not self._session.term and now >= self._next_hello:
             due = now + _MIN_HELLO_INTERVAL_S  # POLLOUT ends the pause
-        return max(0, min(int((due - now) * 1000) + 1, 1000))
+        # Well within what ``_notice_suspension`` takes for standing still, however few heartbeats make up the deadline.
+        longest_s = min(1.0, (self._liveness_s - 2 * self._heartbeat_s) / 2)
+        return max(0, min(int((due - now) * 1000) + 1, int(longest_s * 1000)))
 
     def _notice_suspension(self) -> None:
         now = _boot_time()
