@@ -101,9 +101,9 @@ def _bandwidth(name: str, figures: Bandwidth) -> str:
 
 def _verdict(report: DemoReport) -> Iterator[str]:
     second = report.engines[-1]
-    if report.reference is not None and second.ttft_s and report.reference.ttft_s:
-        ratio = report.reference.ttft_s / second.ttft_s
-        yield f"time to first token: {ratio:.1f} times shorter than without VCache"
+    if report.reference is not None and second.ttft_s:
+        computing = [run.ttft_s for run in (report.reference, *report.engines[:-1]) if run.ttft_s]
+        yield f"time to first token: {min(computing) / second.ttft_s:.1f} times shorter than the faster of the runs that computed"
     what = "the tokens generated are those of the run without VCache"
     if report.reference is None:
         what = "every byte loaded is the byte that was stored"
