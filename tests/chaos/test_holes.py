@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import secrets
 import signal
 import threading
+from pathlib import Path
 
 from tests.pool import conftest
 from tests.pool.payloads import PATIENCE_S, fill, load, new_keys, start_write, store, until
@@ -22,6 +25,7 @@ from vram_metadata_server.settings import ServiceSettings
 open_client, open_donor, quick = conftest.open_client, conftest.open_donor, conftest.quick
 HOST = b"the-one-host-016"
 DATA = 1 << 20
+_TGKILL = 234  # x86-64's system call: a signal for one thread of another process
 
 
 def segments_of(config: VCacheConfig) -> list[protocol.SegmentStats]:
@@ -221,3 +225,18 @@ def test_a_donor_with_the_shortest_deadline_does_not_take_its_own_pauses_for_a_s
     seen = [background._last_loop]
     until(lambda: seen.append(background._last_loop) or len(set(seen)) > 6, "some rounds without a server")
     assert background._suspended_at is None
+
+
+def test_a_donor_ends_when_another_of_its_threads_takes_the_signal(server, config, processes):
+    """The kernel may give it to any, and does so just after a SIGCONT: the main thread's wait is not interrupted then."""
+    donor = processes.python("-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "2MiB", config=config)
+    donor.expect("donating")
+    term = 1 << (signal.SIGTERM - 1)
+    takers = [
+        int(task.name)
+        for task in Path(f"/proc/{donor.pid}/task").iterdir()
+        if int(task.name) != donor.pid
+        and not int(re.findall(r"SigBlk:\s+(\w+)", (task / "status").read_text())[0], 16) & term
+    ]
+    assert ctypes.CDLL(None).syscall(_TGKILL, donor.pid, takers[0], signal.SIGTERM) == 0
+    assert donor.wait() == 0
