@@ -8,7 +8,7 @@ unshared until the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ class Got(IntEnum):
     ABSENT = 1
     INVALID = 2  # an object was there, but its header or checksum was not this shard's; the store has removed it
     FAILED = 3  # it may be there: the store, or the owner of its bytes, did not deliver
+    INTERRUPTED = 4  # as FAILED, but of the kind that often goes well at the next try
 
 
 class Put(IntEnum):
@@ -62,8 +63,15 @@ class Store(Protocol):
         """Removes shards; how many were there. A removed shard does not come back by itself."""
         ...
 
+    def counters(self) -> Mapping[str, int]:
+        """What only this kind of store can count, by names that begin with ``store_``. They only ever grow."""
+        ...
+
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the store, finishing what is under way for at most ``timeout_s``. Calling it twice is harmless."""
+        """Ends the store, finishing what is under way for at most ``timeout_s``. Calling it twice is harmless.
+
+        Any other call then raises ``UnavailableError``.
+        """
         ...
 
 
@@ -81,6 +89,9 @@ class NullStore:
 
     def remove(self, shards: Sequence[Shard]) -> int:
         return 0
+
+    def counters(self) -> Mapping[str, int]:
+        return {}
 
     def close(self, timeout_s: float = 10.0) -> None:
         return
