@@ -94,7 +94,9 @@ class SegmentInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     host: HostId
     device: Label  # "cpu:0", or a GPU's UUID
     nbytes: U63
-    handle: Annotated[bytes, msgspec.Meta(max_length=1024)]  # opaque to the server: what the memory module needs to open it
+    handle: Annotated[
+        bytes, msgspec.Meta(max_length=1024)
+    ]  # opaque to the server: what the memory module needs to open it
     label: Label
 
 

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from vcache.config import StoreConfig
-from vcache.store.base import NullStore, Shard, Store
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["NullStore", "Shard", "Store", "open_store"]
+from vcache.store.base import Got, NullStore, Put, Shard, Store
+
+if TYPE_CHECKING:
+    from vcache.store.guard import GuardedStore
+    from vcache.store_config import StoreConfig
+
+__all__ = ["Got", "NullStore", "Put", "Shard", "Store", "open_store"]
 
 
-def open_store(config: StoreConfig) -> Store:
-    """The store that ``store.kind`` names. The caller closes it."""
-    kinds = {"none": NullStore}
-    return kinds[config.kind]()
+def open_store(config: StoreConfig, *, layout: bytes = b"", ranks: int = 1) -> GuardedStore | NullStore:
+    """The store that ``config`` names, guarded. Returns at once, whether or not the store can be reached.
+
+    ``layout``: the model's fingerprint (its first bytes go into every object). The caller closes the store. Raises
+    ``CapacityError`` when there is no memory for staging, ``ConfigError`` when what the store needs is not installed.
+    """
+    kind = config.resolved_kind
+    if kind == "none":
+        return NullStore()
+    from vcache.store.guard import GuardedStore
+    from vcache.store.objects import LAYOUT_BYTES, ObjectFormat
+    from vcache.store.staging import Staging
+
+    form = ObjectFormat(layout[:LAYOUT_BYTES].ljust(LAYOUT_BYTES, b"\0"), ranks)
+    staging = Staging(config.staging_size)
+    store: Store
+    if kind == "files":
+        from vcache.store.files import FileStore
+
+        store = FileStore(Path(config.files.directory), size_limit=config.files.size_limit, form=form)
+    else:
+        from vcache.store.mooncake import MooncakeStore
+
+        store = MooncakeStore(config.mooncake, staging, form=form, timeout_s=config.guard.timeout)
+    return GuardedStore(store, staging, config.guard, name=kind)

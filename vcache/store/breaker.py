@@ -71,11 +71,6 @@ class Breaker:
         """A call that was let through ended without a word on the store (it was never begun)."""
         self._trial = False
 
-    def open(self, now: float) -> None:
-        """The store is known to be out of reach without a call having failed."""
-        if self.circuit is not Circuit.OPEN:
-            self._open(now)
-
     def probe_succeeded(self) -> None:
         if self.circuit is Circuit.OPEN:
             self.circuit, self.probe_due = Circuit.HALF_OPEN, float("inf")

@@ -54,7 +54,7 @@ class Block:
 
 
 class Staging:
-    """A bounded arena of blocks. Thread-safe; never waits."""
+    """A bounded arena of blocks. Thread-safe."""
 
     def __init__(self, nbytes: int) -> None:
         """Raises ``CapacityError`` when the machine has not that much memory to give."""
@@ -71,7 +71,7 @@ class Staging:
         #: The whole arena as uint8; its address stays valid until ``close``.
         self.tensor: Final = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self.tensor.data_ptr()
-        self.lock: Final = threading.Lock()
+        self.lock: Final = threading.Condition()
         self._free = [(0, self.nbytes)]  # (offset, nbytes), in order of offset, never two that touch
         self._taken: dict[int, Block] = {}
         self._closed = False
@@ -81,10 +81,15 @@ class Staging:
         with self.lock:
             return sum(nbytes for _, nbytes in self._free)
 
-    def take(self, sizes: Sequence[int]) -> list[Block]:
-        """Blocks for payloads of ``sizes``: for as many of them, from the first on, as there is room now."""
+    def take(self, sizes: Sequence[int], *, wait_s: float = 0.0) -> list[Block]:
+        """Blocks for payloads of ``sizes``: for as many of them, from the first on, as there is room.
+
+        ``wait_s``: how long to wait for room for the first, if there is none now.
+        """
         blocks: list[Block] = []
         with self.lock:
+            if sizes and wait_s:
+                self.lock.wait_for(lambda: self._closed or self._has_room(sizes[0]), wait_s)
             for nbytes in sizes:
                 offset = None if self._closed else self._carve(PAGE_BYTES + _pages(nbytes))
                 if offset is None:
@@ -119,6 +124,9 @@ class Staging:
             assert end == self.nbytes
             assert all(first + size < second for (first, size), (second, _) in zip(self._free, self._free[1:]))  # noqa: B905
 
+    def _has_room(self, nbytes: int) -> bool:
+        return any(available >= PAGE_BYTES + _pages(nbytes) for _, available in self._free)
+
     def _carve(self, nbytes: int) -> int | None:
         for index, (offset, available) in enumerate(self._free):
             if available >= nbytes:
@@ -129,6 +137,7 @@ class Staging:
 
     def _give_back(self, block: Block) -> None:
         del self._taken[self._address + block.offset]
+        self.lock.notify_all()
         extent = (block.offset, PAGE_BYTES + _pages(block.nbytes))
         insort(self._free, extent)
         index = self._free.index(extent)

@@ -1,0 +1,69 @@
+"""Fixtures of the stores' tests: a directory store, a disk of a few MiB, a guard with deadlines fit for tests."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vcache.store.base import Store
+from vcache.store.files import FileStore
+from vcache.store.guard import GuardedStore
+from vcache.store.objects import ObjectFormat
+from vcache.store.staging import Staging
+from vcache.store_config import GuardConfig
+
+FORM = ObjectFormat(b"L" * 16)
+#: Hangs of tests are as long as the test wants, so this need not be short for the test to be quick, only for the fault to show.
+DEADLINE_S = 0.3
+STAGING_BYTES = 8 << 20
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> Iterator[FileStore]:
+    store = FileStore(tmp_path / "store", size_limit=1 << 30, form=FORM)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for 2 MiB."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount_point)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield mount_point
+    finally:
+        subprocess.run(["umount", "-l", str(mount_point)], check=True)
+
+
+@pytest.fixture
+def guarded() -> Iterator[Callable[..., GuardedStore]]:
+    """Puts a guard with short deadlines around a store; closed afterwards."""
+    guards: list[GuardedStore] = []
+
+    def guard(store: Store, **settings: Any) -> GuardedStore:
+        defaults = {
+            "timeout": DEADLINE_S,
+            "write_timeout": DEADLINE_S,
+            "retry_delay": 0.001,
+            "probe_interval": 0.02,
+            "max_probe_interval": 0.1,
+        }
+        guards.append(GuardedStore(store, Staging(STAGING_BYTES), GuardConfig(**defaults | settings), name="test"))
+        return guards[-1]
+
+    yield guard
+    for each in guards:
+        each.close(timeout_s=5.0)
