@@ -37,5 +37,6 @@ def open_store(config: StoreConfig, *, layout: bytes = b"", ranks: int = 1) -> G
     else:
         from vcache.store.mooncake import MooncakeStore
 
-        store = MooncakeStore(config.mooncake, staging, form=form, timeout_s=config.guard.timeout)
+        timeouts = {"timeout_s": config.guard.timeout, "write_timeout_s": config.guard.write_timeout}
+        store = MooncakeStore(config.mooncake, staging, form=form, **timeouts)
     return GuardedStore(store, staging, config.guard, name=kind)
