@@ -15,12 +15,16 @@ from benchmarks.report import as_markdown, show, write_json
 
 #: In the order of the table: a module of this package each, with ``run(effort) -> list[Result]``.
 BENCHMARKS = ("pool", "lookup", "server", "copies")
+#: Columns of the table where no terminal says how wide it is.
+PLAIN_WIDTH = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named benchmarks (all by default). Exit status: 0 all bars met, 1 one missed, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="vcache bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that everything runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
     effort = Effort.QUICK if options.quick else Effort.FULL
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     progress = Console(stderr=True)
     results: list[Result] = []
     for name in options.names or BENCHMARKS:

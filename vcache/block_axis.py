@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-KVCaches = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
+#: One layer: a tensor, or K and V apart.
+Layer = torch.Tensor | Sequence[torch.Tensor]
+KVCaches = Mapping[str, Layer] | Sequence[Layer] | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,7 @@ def named_tensors(kv_caches: KVCaches, expect: KVExpectation) -> list[NamedTenso
     return named
 
 
-def _per_layer(
-    kv_caches: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], num_layers: int | None
-) -> list[NamedTensor]:
+def _per_layer(kv_caches: Mapping[str, Layer] | Sequence[Layer], num_layers: int | None) -> list[NamedTensor]:
     entries: list[tuple[str, object]]
     if isinstance(kv_caches, Mapping):
         entries = [(f"kv_caches[{key!r}]", value) for key, value in kv_caches.items()]

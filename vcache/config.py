@@ -3,7 +3,8 @@
 ``system_config.yaml`` documents each setting with its default (a test keeps the two equal). A configuration that cannot
 work fails here, at construction, with a ``ConfigError`` that names the field, the value, where it came from and what
 would work. Not here: how text becomes bytes and seconds (``units.py``), how values are read and remembered
-(``settings_sources.py``), the CURVE key files that ``server.curve`` names (``curve.py``).
+(``settings_sources.py``), the CURVE key files that ``server.curve`` names (``curve.py``), whether a segment holds one
+chunk, which needs the model (``donation.py``).
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from vcache.settings_sources import (
     setting_fields,
 )
 from vcache.store_config import StoreConfig
-from vcache.units import format_duration, format_size
+from vcache.units import format_duration
 
 #: ``sun_path`` holds 108 bytes, the closing zero among them.
 MAX_IPC_PATH_BYTES: Final = 107
 #: Liveness is judged on several heartbeats, so that one lost or late one means nothing.
 MIN_HEARTBEATS_PER_LIVENESS: Final = 3
+#: Segments are whole pages.
+PAGE_BYTES: Final = 4096
 DEFAULT_ORIGIN: Final = "default"
 
 
@@ -192,20 +195,6 @@ class VCacheConfig(BaseSettings):
             if origin != DEFAULT_ORIGIN and value != ""
         }
 
-    def check_segment(self, payload_bytes: int, *, data_bytes: int | None = None) -> None:
-        """Refuses a segment into which not one chunk fits.
-
-        ``payload_bytes``: one shard's bytes, known once the model is. ``data_bytes``: the segment's bytes after its
-        directory (default: ``segment.size``, as if the directory took nothing). Raises ``ConfigError``.
-        """
-        available = self.segment.size if data_bytes is None else data_bytes
-        if payload_bytes > available:
-            raise ConfigError(
-                f"segment.size = {format_size(self.segment.size)} (from {self.origin('segment.size')}): smaller than "
-                f"one chunk: {self.chunk_size} tokens of this model take {payload_bytes} bytes, the segment holds "
-                f"{available}; use a larger segment.size or a smaller chunk_size"
-            )
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = [*self._contradictions(), *self._endpoint_problems(), *self.store.problems()]
@@ -239,6 +228,9 @@ class VCacheConfig(BaseSettings):
                 f"client.lease = {format_duration(self.client.lease)}: longer than server.max_lease = "
                 f"{format_duration(self.server.max_lease)}; shorten the one or raise the other"
             )
+        if self.segment.size % PAGE_BYTES:
+            whole = self.segment.size // PAGE_BYTES * PAGE_BYTES
+            yield f"segment.size = {self.segment.size}: must be a multiple of {PAGE_BYTES} bytes (a page); use {whole}"
         if self.runtime_dir and not Path(self.runtime_dir).is_absolute():
             yield f"runtime_dir = {self.runtime_dir!r}: must be an absolute path, such as /dev/shm/vcache"
 

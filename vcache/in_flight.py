@@ -14,10 +14,6 @@ class InFlight:
         self._inside = 0
         self._closed = False
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def enter(self) -> bool:
         """Whether the call may go on; it must then ``leave`` exactly once."""
         with self._changed:
@@ -31,10 +27,10 @@ class InFlight:
             self._inside -= 1
             self._changed.notify_all()
 
-    def close(self, timeout_s: float) -> tuple[bool, int]:
-        """Closes, and waits at most ``timeout_s``: whether this call was the first to close, and how many stayed inside."""
+    def close(self, timeout_s: float) -> int:
+        """Lets no more calls in, and waits at most ``timeout_s`` for those inside; how many stayed."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            first, self._closed = not self._closed, True
+            self._closed = True
             self._changed.wait_for(lambda: self._inside == 0, timeout=max(0.0, deadline - time.monotonic()))
-            return first, self._inside
+            return self._inside

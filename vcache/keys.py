@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Final, NewType, cast
 
 from vcache.arguments import packed_tokens, utf8
 from vcache.errors import ConfigError
+from vcache.protocol import KEY_BYTES
 
 if TYPE_CHECKING:
     from vcache.arguments import Tokens
 
 ChunkKey = NewType("ChunkKey", bytes)
 
-KEY_BYTES: Final = 16
 KEY_TEXT_PREFIX: Final = "vc1-"
 _KEY_DOMAIN: Final = b"vcache/chunk-key/1"
 _MODEL_DOMAIN: Final = b"vcache/model/1"

@@ -43,17 +43,20 @@ class KVTensors:
         self._lock = threading.Lock()
         self._known: dict[_Identity, tuple[PagedKV, list[weakref.ref[torch.Tensor]]]] = {}
         self._registered: PagedKV | None = None
-        self._kept: KVCaches | None = None
+        self._kept: KVCaches | PagedKV | None = None
 
-    def register(self, kv_caches: KVCaches) -> PagedKV:
+    def register(self, kv_caches: KVCaches | PagedKV) -> PagedKV:
         """Makes these the tensors of every call that names none. ``ValueError`` says which tensor does not fit, and why."""
         kv = self.mapped(kv_caches)
         with self._lock:
             self._registered, self._kept = kv, kv_caches
         return kv
 
-    def mapped(self, kvcaches: KVCaches | None) -> PagedKV:
+    def mapped(self, kvcaches: KVCaches | PagedKV | None) -> PagedKV:
         """The mapping of these tensors, or of the registered ones. ``ValueError`` as in ``register``."""
+        if isinstance(kvcaches, PagedKV):
+            _check_mapped(kvcaches, self._model)
+            return kvcaches
         if kvcaches is None:
             if self._registered is None:
                 raise ValueError("kvcaches must be given: no KV tensors were registered")
@@ -73,6 +76,10 @@ class KVTensors:
             self._known[identity] = (kv, [weakref.ref(tensor, forget) for tensor in tensors])
         logger.info("mapped KV tensors: %s", kv.describe())
         return kv
+
+    @property
+    def registered(self) -> PagedKV | None:
+        return self._registered
 
     def clear(self) -> None:
         """Lets go of all mappings, and of the registered tensors."""
@@ -110,6 +117,25 @@ def _nesting(kvcaches: object) -> tuple[object, ...]:
     if not isinstance(entries, Iterable):
         return ()
     return tuple(len(entry) if isinstance(entry, (tuple, list)) else 1 for entry in entries)
+
+
+def _check_mapped(kv: PagedKV, model: ModelSpec) -> None:
+    """Refuses a mapping made elsewhere whose blocks are not the model's."""
+    if kv.block_size != model.block_size:
+        raise ValueError(
+            f"kv_caches was mapped with blocks of {kv.block_size} tokens, the model description says {model.block_size}"
+        )
+    promised = promised_payload_bytes(model) // model.blocks_per_chunk
+    if promised and kv.block_bytes != promised:
+        raise ValueError(
+            f"kv_caches has {kv.block_bytes} bytes a block in all; by the model description it should have {promised}"
+        )
+
+
+def promised_payload_bytes(model: ModelSpec) -> int:
+    """One shard's bytes as the model's description has them; 0 where it leaves them open."""
+    expected = expectation(model)
+    return (expected.num_layers or 0) * (expected.layer_block_bytes or 0) * model.blocks_per_chunk
 
 
 def expectation(model: ModelSpec) -> KVExpectation:

@@ -108,9 +108,12 @@ class KeyText:
         self._keys = keys
 
     def __str__(self) -> str:
-        from vcache.keys import KEY_BYTES, ChunkKey, format_key
+        from vcache.keys import ChunkKey, format_key
+        from vcache.protocol import KEY_BYTES
 
-        keys = self._keys
-        if isinstance(keys, bytes):
-            keys = (keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
+        blob = self._keys
+        if isinstance(blob, bytes):
+            keys: Iterable[bytes] = (blob[start : start + KEY_BYTES] for start in range(0, len(blob), KEY_BYTES))
+        else:
+            keys = blob
         return " ".join(format_key(ChunkKey(key)) for key in keys)

@@ -66,6 +66,7 @@ class ErrorCode(IntEnum):
     UNKNOWN_SESSION = 3  # never said hello, or was silent past the liveness deadline: say hello again
     UNKNOWN_SEGMENT = 4  # the segment was dropped: register it again under a new incarnation
     REFUSED = 5  # understood, but not allowed (a reader reserving, a stranger draining)
+    FAILED = 6  # the server failed on this request (its log says how) and goes on
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):

@@ -8,9 +8,9 @@ import torch
 
 
 def blocks_of_slots(
-    slot_mapping: torch.Tensor | npt.NDArray[np.int64], block_size: int, num_blocks: int
+    slot_mapping: torch.Tensor | npt.NDArray[np.int64], block_size: int, num_blocks: int, *, first: int = 0
 ) -> npt.NDArray[np.int64]:
-    """The block of each ``block_size`` slots, int64 ``[len(slot_mapping) // block_size]``.
+    """The block of each ``block_size`` slots from index ``first`` on, int64 ``[(len(slot_mapping) - first) // block_size]``.
 
     Slot ``b * block_size + i`` holds token ``i`` of block ``b``. Only whole blocks can be moved, so the slots must be whole
     blocks in order. Raises ValueError that names ``slot_mapping`` and the first index that is padding (-1), out of range or
@@ -25,6 +25,7 @@ def blocks_of_slots(
         dtype, shape = str(slots.dtype), slots.shape
     if slots.dtype.kind not in "iu" or len(shape) != 1:
         raise ValueError(f"slot_mapping must be a 1-D tensor or array of integers, not {dtype} of shape {shape}")
+    slots = slots[first:]
     if len(slots) % block_size:
         raise ValueError(f"slot_mapping has {len(slots)} slots, not a multiple of the block size {block_size}")
     rows = slots.astype(np.int64, copy=False).reshape(-1, block_size)
@@ -40,5 +41,5 @@ def blocks_of_slots(
             reason = f"out of range: {num_blocks} blocks of {block_size} are slots 0 to {num_blocks * block_size - 1}"
         else:
             reason = f"not block-aligned: slot {int(expected.flat[index])} belongs there (block size {block_size})"
-        raise ValueError(f"slot_mapping[{index}] is {slot}, {reason}")
+        raise ValueError(f"slot_mapping[{first + index}] is {slot}, {reason}")
     return np.ascontiguousarray(blocks)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Final
 
 from vcache.protocol import ServerStats, Tier
@@ -72,12 +72,12 @@ class Counters:
             for name, amount in amounts.items():
                 self._values[name] += amount
 
-    def moved(self, direction: str, bytes_by_tier: dict[str, int], seconds: float) -> None:
+    def moved(self, direction: str, bytes_by_tier: Mapping[Tier, int], seconds: float) -> None:
         """Bytes that one call read or wrote; its time is divided among the tiers by bytes."""
         total = sum(bytes_by_tier.values())
         for tier, nbytes in bytes_by_tier.items():
-            share = seconds * nbytes / total if total else 0.0
-            self.add(**{f"{tier}_{direction}_bytes": nbytes, f"{tier}_{direction}_seconds": share})
+            name = f"{tier_name(tier)}_{direction}"
+            self.add(**{f"{name}_bytes": nbytes, f"{name}_seconds": seconds * nbytes / total})
 
     def snapshot(self) -> dict[str, int | float]:
         with self._lock:
@@ -102,18 +102,15 @@ def server_values(stats: ServerStats | None) -> dict[str, StatsValue]:
         "server_pins": stats.pins,
         "server_sessions": stats.sessions,
         "server_segments": len(stats.segments),
-        "evictions": stats.counters.get("evictions", 0),
+        "evictions": stats.counters.get("evicted", 0),
         **_pool_bytes(stats),
     }
 
 
 def _pool_bytes(stats: ServerStats) -> dict[str, StatsValue]:
-    def total(sizes: Iterable[int]) -> int:
-        return sum(sizes)
-
     values: dict[str, StatsValue] = {}
     for tier in Tier:
         segments = [segment for segment in stats.segments if segment.tier == tier_name(tier)]
-        values[f"pool_{tier_name(tier)}_bytes"] = total(segment.total_bytes for segment in segments)
-        values[f"pool_{tier_name(tier)}_used_bytes"] = total(segment.used_bytes for segment in segments)
+        values[f"pool_{tier_name(tier)}_bytes"] = sum(segment.total_bytes for segment in segments)
+        values[f"pool_{tier_name(tier)}_used_bytes"] = sum(segment.used_bytes for segment in segments)
     return values

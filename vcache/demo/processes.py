@@ -6,6 +6,7 @@ kernel ends them too if the parent is killed outright.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +87,11 @@ class Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (it printed nothing)"
 
+    def wait(self, timeout_s: float) -> None:
+        """Waits for it to end by itself, at most this long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
     def stop(self) -> None:
         """Asks it to end, and ends it when it does not; harmless on one that has ended."""
         if self.running:
@@ -117,7 +124,7 @@ class Stage:
 
     def __init__(self) -> None:
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self.directory = Path(tempfile.mkdtemp(prefix="vcache-demo-", dir=parent))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"vcache-demo-{os.getpid()}-", dir=parent))
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
@@ -151,7 +158,8 @@ class Stage:
             time.sleep(0.05)  # polled: readiness lies in another process's state
 
     def finished(self, child: Child) -> None:
-        """Ends a child whose work is done."""
+        """Lets a child whose work is done take its leave of the pool."""
+        child.wait(STOP_TIMEOUT_S)
         child.stop()
         self._children.remove(child)
 
@@ -164,7 +172,10 @@ class Stage:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs."""
+    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -15,34 +15,11 @@ from typing import Any, Final, Literal
 import msgspec
 
 from vcache.demo.messages import Reporter
+from vcache.demo.specs import EngineOutcome, EngineSpec
 
 #: Shorter than a chunk, so that it leaves nothing in the pool.
 WARM_UP_TOKENS: Final = 40
 _SOURCES: Final = "vllm:prompt_tokens_by_source"
-
-
-class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the engine is to do. ``connector``: the connector's options, or None for vLLM without VCache."""
-
-    model: str
-    prompt: list[int]
-    max_tokens: int
-    max_model_len: int
-    block_size: int
-    step_tokens: int
-    connector: dict[str, Any] | None
-    gpu: int | None = None
-    gpu_memory_fraction: float = 0.3
-
-
-class EngineOutcome(msgspec.Struct, frozen=True):
-    """What came out. ``sources``: prompt tokens by where vLLM says their KV came from."""
-
-    tokens: list[int]
-    ttft_s: float
-    cached_tokens: int
-    sources: dict[str, int]
-    transfers: dict[str, Any]
 
 
 def set_environment(spec: EngineSpec) -> None:

@@ -128,7 +128,7 @@ class GuardedStore:
     @property
     def available(self) -> bool:
         """Whether a call would go through now. Without a lock: for a quick look before preparing a call."""
-        return self._breaker.circuit is not Circuit.OPEN and not self._inside.closed
+        return self._breaker.circuit is not Circuit.OPEN and not self._closing.is_set()
 
     def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
         """As ``Store.contains``; nothing is there when the store does not answer in time."""
@@ -219,8 +219,10 @@ class GuardedStore:
 
     def close(self, timeout_s: float = 10.0) -> None:
         deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        first, _ = self._inside.close(timeout_s)
+        with self._lock:
+            first = not self._closing.is_set()
+            self._closing.set()
+        self._inside.close(timeout_s)
         if not first:
             return
         self._readers.close()

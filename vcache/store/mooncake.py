@@ -10,23 +10,19 @@ blocks add up, the process is replaced.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import socket
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-import vcache
-from vcache.errors import ConfigError, UnavailableError
+from vcache.errors import UnavailableError
 from vcache.store.base import Got, Put, Shard
+from vcache.store.mooncake_command import address_towards, mooncake_environment, require_mooncake
 from vcache.store.mooncake_companion import Companion
 from vcache.store.mooncake_objects import object_name
-from vcache.store.mooncake_wire import Ask, LinkClosedError, Exist, Get, Object, PutAll, Remove, Setup
+from vcache.store.mooncake_wire import Ask, Exist, Get, LinkClosedError, Object, PutAll, Remove, Setup
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +57,7 @@ class MooncakeStore:
 
         Raises ``ConfigError`` when Mooncake is not installed.
         """
-        if importlib.util.find_spec("mooncake") is None:
-            raise ConfigError("store.kind = 'mooncake': Mooncake is not installed; `pip install vcache[mooncake]`")
+        require_mooncake()
         self._staging = staging
         self._timeout_s = timeout_s
         self._write_timeout_s = write_timeout_s
@@ -152,9 +147,9 @@ class MooncakeStore:
     def _started(self) -> Companion:
         """Under the lock, or before anybody else knows this store."""
         self._counts["store_process_starts"] += 1
-        hostname = self._setup.hostname or _address_towards(self._setup.master)
+        hostname = self._setup.hostname or address_towards(self._setup.master)
         setup = msgspec.structs.replace(self._setup, hostname=hostname)
-        return Companion(setup, self._staging.fd, _environment(self._timeout_s, hostname))
+        return Companion(setup, self._staging.fd, mooncake_environment(hostname, self._timeout_s))
 
     def _replace(self, process: Companion) -> None:
         """Ends ``process``, so that the next call starts another."""
@@ -174,40 +169,3 @@ def _objects(shards: Sequence[Shard], blocks: Sequence[Block]) -> list[Object]:
     return [
         Object(shard.key, shard.rank, block.offset, block.nbytes) for shard, block in zip(shards, blocks, strict=True)
     ]
-
-
-def _address_towards(master: str) -> str:
-    """The address of this host that packets to ``master`` leave from: the one by which its neighbours can reach it."""
-    host, _, port = master.rpartition(":")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, int(port)))  # of a datagram socket: sends nothing
-        except OSError:
-            return "127.0.0.1"
-        address: str = probe.getsockname()[0]
-        return address
-
-
-def _environment(timeout_s: float, hostname: str) -> dict[str, str]:
-    """The Mooncake process's environment. Mooncake reads its time-outs from there, at import; what is set already stays.
-
-    Whole seconds are the least that most of them know. Without them a hung owner holds a transfer for 30 s, and ``setup``
-    retries for 90.
-    """
-    rpc_ms = str(max(50, int(timeout_s * 400)))
-    defaults = {
-        "MC_RPC_TIMEOUT_MS": rpc_ms,
-        "MC_RPC_CONNECT_TIMEOUT_MS": rpc_ms,
-        "MC_TRANSFER_TIMEOUT": "1",
-        "MC_TCP_STATUS_TIMEOUT_SEC": "1",
-        "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
-        "MC_HANDSHAKE_CONNECT_TIMEOUT": "1",
-        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-        "MC_TCP_BIND_ADDRESS": hostname,  # else its data port listens on all interfaces
-        "MC_LOG_LEVEL": "ERROR",
-        "GLOG_minloglevel": "2",
-    }
-    search = [str(Path(vcache.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return defaults | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(search)}

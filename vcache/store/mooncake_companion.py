@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from vcache.store.mooncake_wire import Answer, Ask, Close, LinkClosedError, Failed, Link, Ready, Setup
+from vcache.store.mooncake_wire import Answer, Ask, Close, Failed, Link, LinkClosedError, Ready, Setup
 
 if TYPE_CHECKING:
     from vcache.store.staging import Block

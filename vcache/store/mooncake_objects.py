@@ -13,8 +13,8 @@ import mmap
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -28,8 +28,6 @@ from vcache.store.objects import PAGE_BYTES, ObjectFormat, sealed, verify
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
-#: Objects of one transfer: enough to be fast, few enough that a hung owner is noticed before the rest is tried.
-TRANSFER_OBJECTS: Final = 16
 #: Parts of batches under way at once, hung ones included.
 THREADS: Final = 16
 #: How long an owner whose transfer hung is left alone after it ended.
@@ -116,7 +114,7 @@ class Objects:
         yield from self._in_parts(parts, work, codes, deadline)
 
     def put(self, ask: PutAll) -> Iterator[Answer]:
-        """As ``get``. Mooncake chooses the owners itself, so a hung one is met by chance: small parts lose little."""
+        """As ``get``. Mooncake chooses the owners itself, so a hung one is met by chance and takes the batch with it."""
         deadline = time.monotonic() + ask.timeout_s
         names = [self._name(thing) for thing in ask.objects]
         present = self._handle.batch_is_exist(names)
@@ -128,39 +126,31 @@ class Objects:
         ]  # Mooncake would keep the old bytes and say "ok"
         missing = [index for index, there in enumerate(present) if not there]
         work = partial(self._write, names, ask.objects, codes)
-        parts = {f"part {start}": missing[start::2] for start in range(2)}
-        yield from self._in_parts({name: part for name, part in parts.items() if part}, work, codes, deadline)
+        yield from self._in_parts({"": missing} if missing else {}, work, codes, deadline)
 
     def _in_parts(
-        self, parts: dict[str, list[int]], work: Callable[[Sequence[int]], None], codes: list[int], deadline: float
+        self, parts: Mapping[str, list[int]], work: Callable[[Sequence[int]], None], codes: list[int], deadline: float
     ) -> Iterator[Answer]:
-        running: dict[str, Future[None]] = {owner: self._threads.submit(work, part) for owner, part in parts.items()}
-        wait(running.values(), max(0.0, deadline - time.monotonic()))
-        late = {owner: future for owner, future in running.items() if not future.done()}
+        """Works on each owner's part in a thread of its own. One transfer a part: two at once were no faster."""
+        running = {self._threads.submit(work, part): owner for owner, part in parts.items()}
+        late = wait(running, max(0.0, deadline - time.monotonic())).not_done
         if late:
-            for owner in late:
-                self._owners.hung(owner)
+            for future in late:
+                self._owners.hung(running[future])
             yield Answer([PENDING if code == TAINTED else code for code in codes], last=False)
-            for owner, future in late.items():
+            for future in late:
                 wait([future])
-                self._owners.came_back(owner)
+                self._owners.came_back(running[future])
         yield Answer(codes)
 
     def _read(self, names: Sequence[str], things: Sequence[Object], codes: list[int], part: Sequence[int]) -> None:
-        """Reads one owner's objects, a transfer at a time, and stops after a transfer in which nothing came."""
-        for start in range(0, len(part), TRANSFER_OBJECTS):
-            chosen = part[start : start + TRANSFER_OBJECTS]
-            moved = self._handle.batch_get_into(
-                [names[index] for index in chosen],
-                [self._staging.address + things[index].offset for index in chosen],
-                [PAGE_BYTES + things[index].nbytes for index in chosen],
-            )
-            for index, code in zip(chosen, moved, strict=True):
-                codes[index] = self._verified(names[index], things[index], code)
-            if all(code == Code.TRANSFER_FAILED for code in moved):
-                for index in part[start + TRANSFER_OBJECTS :]:
-                    codes[index] = Got.FAILED
-                return
+        moved = self._handle.batch_get_into(
+            [names[index] for index in part],
+            [self._staging.address + things[index].offset for index in part],
+            [PAGE_BYTES + things[index].nbytes for index in part],
+        )
+        for index, code in zip(part, moved, strict=True):
+            codes[index] = self._verified(names[index], things[index], code)
 
     def _verified(self, name: str, thing: Object, code: int) -> int:
         if code == Code.NOT_FOUND:
@@ -179,18 +169,16 @@ class Objects:
         return Got.LOADED
 
     def _write(self, names: Sequence[str], things: Sequence[Object], codes: list[int], part: Sequence[int]) -> None:
-        for start in range(0, len(part), TRANSFER_OBJECTS):
-            chosen = part[start : start + TRANSFER_OBJECTS]
-            for thing in (things[index] for index in chosen):
-                self._staging.page(thing)[:] = sealed(self._form, _shard(thing), self._staging.payload(thing))
-            stored = self._handle.batch_put_from(
-                [names[index] for index in chosen],
-                [self._staging.address + things[index].offset for index in chosen],
-                [PAGE_BYTES + things[index].nbytes for index in chosen],
-                self._replicate,
-            )
-            for index, code in zip(chosen, stored, strict=True):
-                codes[index] = Put.STORED if code == 0 else Put.FULL if code == Code.FULL else Put.FAILED
+        for thing in (things[index] for index in part):
+            self._staging.page(thing)[:] = sealed(self._form, _shard(thing), self._staging.payload(thing))
+        stored = self._handle.batch_put_from(
+            [names[index] for index in part],
+            [self._staging.address + things[index].offset for index in part],
+            [PAGE_BYTES + things[index].nbytes for index in part],
+            self._replicate,
+        )
+        for index, code in zip(part, stored, strict=True):
+            codes[index] = Put.STORED if code == 0 else Put.FULL if code == Code.FULL else Put.FAILED
 
     def _name(self, thing: Object) -> str:
         return object_name(self._prefix, _shard(thing))

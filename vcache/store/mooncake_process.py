@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Final
 
 from vcache.errors import VCacheError
 from vcache.store.mooncake_objects import Objects, StagingMap
-from vcache.store.mooncake_wire import Answer, Close, LinkClosedError, Exist, Failed, Get, Link, PutAll, Ready, Remove, Setup
+from vcache.store.mooncake_wire import (
+    Answer,
+    Close,
+    Exist,
+    Failed,
+    Get,
+    Link,
+    LinkClosedError,
+    PutAll,
+    Ready,
+    Remove,
+    Setup,
+)
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore

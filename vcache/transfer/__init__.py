@@ -14,9 +14,7 @@ from vcache.transfer.checks import Int64Array
 __all__ = ["gather", "scatter"]
 
 
-def gather(
-    kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int | None = None
-) -> None:
+def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0) -> None:
     """Copy blocks into payloads.
 
     ``block_ids`` is int64 ``[chunks, blocks_per_chunk]``, ``offsets`` int64 ``[chunks]``: where each payload begins in
@@ -33,7 +31,7 @@ def gather(
 
 
 def scatter(
-    kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int | None = None
+    kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0
 ) -> None:
     """Copy payloads into blocks; arguments and completion as in ``gather``. A block id that comes twice is a ValueError."""
     if kv.device.type == "cuda":

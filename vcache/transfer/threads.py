@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
-from itertools import pairwise
 from threading import Lock
+from typing import TypeVar
 
 #: Threads a copy uses unless the configuration (``transfer.threads``) says otherwise: memory is the limit soon after.
 DEFAULT_THREADS = 4
 MAX_THREADS = 64
+
+Piece = TypeVar("Piece")
 
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -39,35 +42,47 @@ def default_threads() -> int:
     return min(DEFAULT_THREADS, len(process_cpus()))
 
 
-def run_shares(work: Callable[[int, int], None], bounds: Sequence[int]) -> None:
-    """Run ``work(bounds[i], bounds[i + 1])`` for every i at the same time, the last of them on the calling thread.
+def run_pieces(work: Callable[[Piece], None], pieces: Iterable[Piece], threads: int) -> None:
+    """Do ``work`` for every piece, on the calling thread and at most ``threads - 1`` others.
 
-    Returns, or raises the first error, only when all of them have ended: nothing is written afterwards.
+    Each takes the next piece when it is done with its last, so one that gets no CPU delays nobody. Returns, or raises the
+    first error, only when no piece is being worked on: nothing is written afterwards.
     """
-    shares = list(pairwise(bounds))
-    futures: list[Future[None]] = []
+    waiting = deque(pieces)
+
+    def work_off() -> None:
+        try:
+            while True:
+                try:
+                    piece = waiting.popleft()
+                except IndexError:
+                    return
+                work(piece)
+        except BaseException:
+            waiting.clear()
+            raise
+
+    helpers = _start(work_off, min(threads, MAX_THREADS, len(waiting)) - 1)
     try:
-        for first, last in shares[:-1]:
-            futures.append(_submit(work, first, last))
-        work(*shares[-1])
+        work_off()
     finally:
-        wait(futures)
-    for future in futures:
-        future.result()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
 
 
-def _submit(work: Callable[[int, int], None], first: int, last: int) -> Future[None]:
+def _start(work_off: Callable[[], None], count: int) -> list[Future[None]]:
     global _pool
+    if count < 1:
+        return []
     with _lock:
         if _pool is None:
             _pool = ThreadPoolExecutor(MAX_THREADS, "vcache-copy", _run_anywhere, (process_cpus(),))
         try:
-            return _pool.submit(work, first, last)
-        except RuntimeError:  # the interpreter is shutting down and starts no more threads
-            work(first, last)
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
+            return [_pool.submit(work_off) for _ in range(count)]
+        except RuntimeError:  # the interpreter is shutting down: the caller does it all
+            return []
 
 
 def _run_anywhere(cpus: frozenset[int]) -> None:

@@ -1,0 +1,210 @@
+"""VCacheConnector: vLLM's connector interface on one side, ``scheduler_side.py`` and ``worker_side.py`` on the other.
+
+vLLM makes it twice, once in each worker and once in its scheduler. A bad option raises when it is made; after that nothing
+raised by the pool, the server or our own mistakes reaches the engine: it becomes a miss, a counter and a line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from vcache.engine import VCacheEngine
+from vcache.errors import ConfigError
+from vcache.failures import FailureLog
+from vcache.log import configure
+from vcache_vllm.metadata import StepOrders, StepReport, StoreOrder, WorkerIntroduction
+from vcache_vllm.model_spec import reason_to_decline
+from vcache_vllm.options import ConnectorOptions
+from vcache_vllm.scheduler_side import SchedulerSide
+from vcache_vllm.worker_side import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger: Final = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class VCacheConnector(KVConnectorBase_V1):
+    """Loads prefixes from the pool before vLLM computes them, and stores the prompts' chunks that it computes.
+
+    Raises ``ConfigError`` from its constructor when an option in ``kv_connector_extra_config`` is wrong.
+    """
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._options = ConnectorOptions.of(
+            transfer.kv_connector_extra_config, block_size=vllm_config.cache_config.block_size
+        )
+        configure(self._options.config.log_level, "vllm")  # both roles may live in one process
+        self._failures = FailureLog(logger)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._engine: VCacheEngine | None = None  # the scheduler's
+        self._block_pool: BlockPool | None = None
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerSide(self._options, self._failures)
+        elif transfer.kv_load_failure_policy != "recompute":
+            logger.warning(
+                "kv_load_failure_policy is %r: a request whose KV cannot be loaded will fail; set it to 'recompute'",
+                transfer.kv_load_failure_policy,
+            )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a cache: a store that did not happen is a later miss
+
+    def stats(self) -> dict[str, Any]:
+        """The worker's figures: ``VCacheEngine.get_stats`` and ``connector_errors``."""
+        return self._worker.stats() if self._worker is not None else {"connector_errors": self._failures.total}
+
+    # The worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Joins the pool with vLLM's KV tensors. Raises ``ConfigError``: this is still construction."""
+        assert self._worker is not None
+        if reason := reason_to_decline(self._vllm_config, self._kv_cache_config):
+            self._worker.decline(reason)
+            return
+        try:
+            self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config)
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._failures.record("register_kv_caches", error)
+            self._worker.decline(f"joining the pool failed: {error}")
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        assert self._worker is not None
+        return self._worker.introduction
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        assert self._worker is not None
+        self._worker.load(self._orders())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: ``start_load_kv`` returns when the bytes are there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Nothing to do by layers: ``wait_for_save`` stores whole chunks."""
+
+    def wait_for_save(self) -> None:
+        worker = self._worker
+        assert worker is not None
+        self._shielded("wait_for_save", None, lambda: worker.store(self._orders()))
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        assert self._worker is not None
+        return self._worker.take_invalid_blocks()
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        assert self._worker is not None
+        return self._worker.take_report()
+
+    # The scheduler's side.
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """The workers have seen their KV tensors: only now is it known what may be shared, and with whom."""
+        (introduction,) = metadata.values()
+        assert isinstance(introduction, WorkerIntroduction)
+        if introduction.model is None:
+            logger.warning("VCache takes no part in this engine: %s", introduction.reason)
+            return
+        config = self._options.config
+        self._engine = VCacheEngine(config, model=introduction.model, role="scheduler")
+        self._scheduler = SchedulerSide(
+            self._engine,
+            introduction.model,
+            lease_s=config.client.lease,
+            loads=self._kv_transfer_config.is_kv_consumer,
+            stores=self._kv_transfer_config.is_kv_producer,
+        )
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._block_pool = gpu_block_pool
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return 0, False
+        tokens = self._shielded("lookup", 0, lambda: scheduler.loadable_tokens(request, num_computed_tokens))
+        return tokens, False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        if num_external_tokens:
+            (table,) = blocks.get_block_ids()
+            scheduler.allocated(request.request_id, table, num_external_tokens)
+        else:
+            self._shielded("passed_over", None, lambda: scheduler.passed_over(request.request_id))
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return StepOrders()
+        no_stores: tuple[StoreOrder, ...] = ()
+        stores = self._shielded("plan", no_stores, lambda: scheduler.stores_of(scheduler_output))
+        return scheduler.orders(scheduler_output, stores)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        report = connector_output.kv_connector_worker_meta
+        assert report is None or isinstance(report, StepReport)
+        invalid = connector_output.invalid_block_ids
+        self._shielded("update_connector_output", None, lambda: scheduler.step_done(report, invalid, self._evict))
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        scheduler = self._scheduler
+        if scheduler is not None:
+            self._shielded("request_finished", None, lambda: scheduler.finished(request.request_id))
+        return False, None
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._shielded("shutdown", None, self._worker.close)
+        if self._engine is not None:
+            self._shielded("shutdown", None, self._engine.close)
+
+    def _orders(self) -> StepOrders:
+        orders = self._get_connector_metadata()
+        assert isinstance(orders, StepOrders)
+        return orders
+
+    def _evict(self, blocks: set[int]) -> None:
+        if self._block_pool is not None:
+            self._block_pool.evict_blocks(blocks)
+
+    def _shielded(self, operation: str, otherwise: T, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except Exception as error:
+            self._failures.record(operation, error)
+            return otherwise

@@ -1,0 +1,155 @@
+"""From vLLM's configuration to a ``ModelSpec``: everything that determines the bytes of a block, and what we decline.
+
+Made by the worker, which alone knows the attention backend and the tensors' layout; the scheduler side gets it by handshake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import vllm
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+
+from vcache.errors import ConfigError
+from vcache.keys import ModelSpec
+
+_WEIGHT_FILES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_SAMPLES: Final = 16
+_SAMPLE_BYTES: Final = 64 << 10
+#: Parts of a model's configuration that say where it came from, not what it computes.
+_NOT_COMPUTATION: Final = ("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
+
+
+def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Why this engine's KV cannot be shared rightly, in one line; empty when it can."""
+    parallel = vllm_config.parallel_config
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if getattr(parallel, name, 1) != 1:
+            return f"{name} = {getattr(parallel, name)}: only 1 is supported yet"
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups; only models with one are supported yet"
+    for spec in _layer_specs(groups[0]):
+        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+            return f"a layer's KV is of the kind {type(spec).__name__}; only full attention is supported yet"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return "calculate_kv_scales makes the scales of the KV cache depend on what this process saw first"
+    return ""
+
+
+def model_spec(vllm_config: Any, kv_cache_config: Any, *, chunk_size: int, layout: str) -> ModelSpec:
+    """The description of this engine's KV. ``layout``: ``PagedKV.layout`` of its tensors.
+
+    Raises ``ConfigError`` when vLLM describes a model that cannot be.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = _layer_specs(group)[0]
+    return ModelSpec(
+        model=_weights(model),
+        revision=str(model.revision or getattr(model.hf_config, "_commit_hash", None) or ""),
+        dtype=str(model.dtype).removeprefix("torch."),
+        kv_cache_dtype=str(cache.cache_dtype),
+        num_layers=len(group.layer_names),
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        block_size=cache.block_size,
+        chunk_size=chunk_size,
+        kv_layout=f"opaque {layout}",  # the bytes of a block are the backend's business
+        extra=(
+            ("attention", _attention(vllm_config, group.layer_names)),
+            ("configuration", _digest(_computation(model.hf_config))),
+            ("draft", _draft(vllm_config.speculative_config)),
+            ("layers", _digest(sorted(group.layer_names))),
+            ("load_format", _load_format(vllm_config)),
+            ("platform", _platform()),
+            ("vllm", vllm.__version__),
+        ),
+    )
+
+
+def _layer_specs(group: Any) -> list[Any]:
+    spec = group.kv_cache_spec
+    return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+
+
+def _weights(model: Any) -> str:
+    """A repository's name (its revision stands beside it), or a digest of local files that is the same wherever they lie.
+
+    Hashing all bytes of large weights would take minutes: sizes and 16 samples of 64 KiB of each file tell apart what
+    training or quantising makes different.
+    """
+    path = Path(model.model)
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    weights = [file for file in files if file.is_file() and file.suffix in _WEIGHT_FILES]
+    if not weights:
+        return str(model.model)
+    digest = hashlib.sha256()
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as data:
+            for sample in range(_SAMPLES):
+                data.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(data.read(_SAMPLE_BYTES))
+    return f"weights:{digest.hexdigest()}"
+
+
+def _computation(hf_config: Any) -> Any:
+    return _without_origin(hf_config.to_dict())
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _without_origin(inner) for name, inner in value.items() if name not in _NOT_COMPUTATION}
+    return [_without_origin(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _attention(vllm_config: Any, layer_names: list[str]) -> str:
+    """The backends that write the blocks; some pack them differently from others."""
+    layers = vllm_config.compilation_config.static_forward_context
+    kinds = set()
+    for name in layer_names:
+        layer = layers.get(name)
+        if layer is None:
+            raise ConfigError(f"model.layers: vLLM has no attention layer named {name!r}")
+        kinds.add(f"{layer.get_attn_backend().get_name()}{_instruction_set(layer)}")
+    return ",".join(sorted(kinds))
+
+
+def _instruction_set(layer: Any) -> str:
+    # The CPU backend packs K by the instruction set it found; its metadata builder leaves the name with the layer.
+    return f"/{layer.isa}" if hasattr(layer, "isa") else ""
+
+
+def _draft(speculative: Any) -> str:
+    if speculative is None:
+        return ""
+    draft = getattr(speculative, "draft_model_config", None)
+    return f"{speculative.method}:{_weights(draft) if draft is not None else ''}"
+
+
+def _load_format(vllm_config: Any) -> str:
+    """Random ("dummy") weights depend on the seed; other formats load the same weights."""
+    return f"dummy:{vllm_config.model_config.seed}" if vllm_config.load_config.load_format == "dummy" else ""
+
+
+def _platform() -> str:
+    if torch.cuda.is_available():
+        return f"cuda:{'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    return f"cpu:{platform.machine()}:{torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,104 @@
+"""How an engine begins and ends: without a server, closed twice, closed under load, with and without a segment."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.engine.conftest import eventually
+from tests.engine.kv import CHUNK, fill, model_of, new_tensors, slots_of, wrong_blocks
+from vcache.config import VCacheConfig
+from vcache.engine import VCacheEngine
+from vcache.errors import CapacityError
+from vcache.server_query import fetch_stats
+
+TOKENS = list(range(4 * CHUNK))
+HERE, THERE = list(range(8)), list(range(20, 28))
+
+
+def stored(engine, tokens=TOKENS):
+    tensors = new_tensors(64)
+    fill(tensors, tokens, HERE)
+    engine.store(tokens, kvcaches=tensors, slot_mapping=slots_of(HERE))
+
+
+def loaded(engine, tokens=TOKENS):
+    """Tokens loaded; every byte is checked."""
+    tensors = new_tensors(64)
+    result = engine.retrieve(tokens, kvcaches=tensors, slot_mapping=slots_of(THERE))
+    assert wrong_blocks(tensors, tokens, THERE, result.tolist()) == []
+    return int(result.sum())
+
+
+def test_without_a_server_an_engine_is_an_empty_cache_until_one_comes(runtime_dir, processes):
+    config = VCacheConfig(client={"connect_timeout": "50ms"}, server={"heartbeat_interval": "100ms"})
+    with VCacheEngine(config, model=model_of(), donate="2MiB") as engine:
+        assert engine.get_stats()["server_available"] is False
+        stored(engine)
+        assert engine.lookup(TOKENS) == 0
+        assert loaded(engine) == 0
+        assert engine.contains(engine.keys_of(TOKENS)[0]) == -1
+        assert engine.remove_keys(engine.keys_of(TOKENS)) == 0
+        assert engine.clear() == 0
+        processes.server(config)
+        eventually(
+            lambda: fetch_stats(config, timeout_s=5).segments != [], "the engine gives its segment to the new server"
+        )
+        eventually(lambda: stored(engine) or engine.lookup(TOKENS) == 32, "the engine stores")
+        assert loaded(engine) == 32
+
+
+def test_closing_twice_is_harmless_and_leaves_an_empty_cache(pool):
+    engine = VCacheEngine(pool, model=model_of())
+    stored(engine)
+    engine.close()
+    engine.close()
+    stored(engine)
+    assert (engine.lookup(TOKENS), loaded(engine), engine.contains(bytes(16))) == (0, 0, -1)
+    assert engine.begin_retrieve is not None
+    assert engine.get_stats()["server_available"] is False
+
+
+def test_a_closed_engine_leaves_nothing_behind(config, server, runtime_dir):
+    with VCacheEngine(config, model=model_of(), donate="2MiB") as engine:
+        stored(engine)
+        assert len(list(runtime_dir.glob("segment-*"))) == 1
+        assert len(list(runtime_dir.glob("client-*"))) == 1
+    assert list(runtime_dir.glob("segment-*")) == []
+    assert list(runtime_dir.glob("client-*")) == []
+    stats = fetch_stats(config, timeout_s=5)
+    assert (stats.entries, stats.sessions, stats.segments) == (0, 0, [])
+
+
+def test_closing_while_others_call_ends_their_calls_well(pool):
+    engine = VCacheEngine(pool, model=model_of())
+    stored(engine)
+    begun = threading.Barrier(5)
+    problems = []
+
+    def read():
+        begun.wait()
+        try:
+            counts = [loaded(engine) for _ in range(50)]
+            assert set(counts) <= {0, 32}
+            assert counts == sorted(counts, reverse=True)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    engine.close()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+
+
+def test_a_segment_larger_than_memory_is_refused_with_both_numbers(config, server, runtime_dir):
+    with pytest.raises(CapacityError, match=r"\d+.*\d+"):
+        VCacheEngine(config, model=model_of(), donate=1 << 50)
+    assert list(runtime_dir.glob("segment-*")) == []
+    assert list(runtime_dir.glob("client-*")) == []
+    assert fetch_stats(config, timeout_s=5).segments == []

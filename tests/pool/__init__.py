@@ -1,0 +1,1 @@
+"""Tests of the pool: runtime directory, records, segments, memory, client, donor, read and write paths."""

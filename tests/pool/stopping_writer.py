@@ -1,0 +1,66 @@
+"""A child process that stores chunks and stops itself, by a real signal, after a given step of the real write path.
+
+``python -m tests.pool.stopping_writer STEP SIGNAL KEY...`` prints "starting", then "stored N" if it gets that far, then serves
+until its stdin ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from tests.pool.payloads import NBYTES, payload, poke
+from vcache.config import VCacheConfig
+from vcache.keys import ChunkKey
+from vcache.pool.client import PoolClient
+from vcache.pool.segment import Segment
+from vcache.pool.writing import PendingWrite, begin_write
+
+#: In order: between any two of these a writer can die or be suspended.
+STEPS = ("reserve", "mark_first", "mark", "copy_half", "copy_with", "commit_first", "commit_records", "tell")
+
+
+def stop_after(owner: type, name: str, stop: Callable[[], None]) -> None:
+    """Makes a method call ``stop`` once it has done its work for the first time."""
+    real = getattr(owner, name)
+
+    def wrapped(self, *arguments):
+        result = real(self, *arguments)
+        setattr(owner, name, real)
+        stop()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def main(step: str, signal_name: str, keys: list[ChunkKey]) -> None:
+    def stop() -> None:
+        os.kill(os.getpid(), signal.Signals[signal_name])
+
+    if step in ("mark_first", "commit_first"):
+        stop_after(Segment, step.removesuffix("_first"), stop)
+    elif step != "copy_half":
+        stop_after(PendingWrite, step, stop)
+    client = PoolClient(VCacheConfig(), device="cpu:0", writes=True, name="stopping writer")
+    assert client.wait_available(60)
+    print("starting", flush=True)
+    write = begin_write(client, keys, parent=b"", rank=0, ranks=1, nbytes=NBYTES, tokens=256, tenant=0)
+
+    def copy_in(segment, chunks, offsets):
+        for chunk, offset in zip(chunks.tolist(), offsets.tolist(), strict=True):
+            data = payload(keys[write.granted[chunk]])
+            poke(segment, offset, data[: NBYTES // 2])
+            if step == "copy_half" and chunk == len(keys) // 2:
+                stop()
+            poke(segment, offset + NBYTES // 2, data[NBYTES // 2 :])
+
+    write.copy_with(copy_in)
+    print("stored", write.complete(), flush=True)
+    sys.stdin.read()
+    client.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], [ChunkKey(bytes.fromhex(text)) for text in sys.argv[3:]])

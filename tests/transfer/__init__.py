@@ -1,0 +1,1 @@
+"""PagedKV, slots, and the copies between planes and payloads."""

@@ -1,0 +1,1 @@
+"""Tests against the real vLLM: every answer is compared with vLLM's own, without VCache."""

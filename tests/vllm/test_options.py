@@ -1,0 +1,42 @@
+"""Bad options of the connector fail when it is made, and the error names the option and what would work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vcache_vllm.options import ConnectorOptions
+
+from vcache.errors import ConfigError
+
+pytestmark = pytest.mark.vllm
+
+
+def test_options_have_the_names_of_the_configuration_file(tmp_path: Path) -> None:
+    file = tmp_path / "vcache.yaml"
+    file.write_text("client: {call_timeout: 300ms}\nsegment: {size: 4GiB}\n")
+    options = ConnectorOptions.of(
+        {"config_file": str(file), "segment": {"size": "2GiB"}, "chunk_size": 512, "device": "cpu:1", "donate": True},
+        block_size=128,
+    )
+    assert (options.device, options.donate) == ("cpu:1", True)
+    assert options.config.client.call_timeout == 0.3
+    assert options.config.segment.size == 2 << 30
+    assert (options.config.chunk_size, options.config.block_size) == (512, 128)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"segmnet": {"size": "1GiB"}}, "segmnet"),
+        ({"block_size": 16}, "block_size = 16"),
+        ({"chunk_size": 200}, "chunk_size = 200"),
+        ({"donate": "1GiB"}, "segment.size says how much"),
+        ({"device": 0}, "device = 0"),
+        ({"segment": {"size": "many"}}, "segment.size"),
+    ],
+)
+def test_a_bad_option_is_named(extra: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ConnectorOptions.of(extra, block_size=128)

@@ -1,0 +1,333 @@
+"""Chunks moved by key and block id: the level of the engine that integrations use, which have both already.
+
+Beneath it the pool (``vcache/pool``) and the store; above it tokens, masks and slots (``vcache/engine.py``), and the checks of
+arguments. Nothing the pool, the server or the store raises leaves this module: it becomes a miss, a counter and a line in
+the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vcache.failures import FailureLog
+from vcache.in_flight import InFlight
+from vcache.keys import ChunkKey
+from vcache.log import KeyText
+from vcache.pool.reading import PendingRead, begin_read
+from vcache.pool.writing import PendingWrite, begin_write
+from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, Tier
+from vcache.stats import Counters, StatsValue, server_values
+from vcache.store.base import Shard, Store, leading_run
+
+if TYPE_CHECKING:
+    from vcache.keys import ModelSpec
+    from vcache.paged_kv import PagedKV
+    from vcache.pool.client import PlacementArray, PoolClient
+
+logger = logging.getLogger("vcache.engine")
+
+Int64Array = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+class KeyHits(NamedTuple):
+    """A leading run of chunks: ``pool`` in the pool, then ``store`` in the store.
+
+    ``lease`` (0 = none) keeps those in the pool from eviction until it is released or runs out.
+    """
+
+    pool: int = 0
+    store: int = 0
+    lease: int = 0
+
+    @property
+    def hits(self) -> int:
+        return self.pool + self.store
+
+
+class PendingRetrieve:
+    """Chunks on their way into the engine's blocks. Nothing may be taken for loaded before ``complete`` says so."""
+
+    def __init__(self, cache: BlockCache | None, keys: Sequence[ChunkKey]) -> None:
+        self._cache = cache
+        self._keys = keys
+        self._started = time.perf_counter()
+        self._loaded = 0
+        #: What was begun, and whether its copies were enqueued without an error.
+        self.reads: list[tuple[PendingRead, bool]] = []
+
+    @property
+    def chunks(self) -> int:
+        """Leading chunks that are being copied."""
+        return sum(read.hits for read, copied in self.reads if copied)
+
+    def complete(self) -> int:
+        """Leading chunks loaded, each byte of them valid. Waits for the copies. Calling it again is harmless."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            self._loaded = cache.complete_retrieve(self.reads, self._keys, self._started)
+        return self._loaded
+
+
+class PendingStore:
+    """Chunks on their way into the pool, invisible to readers until ``complete``."""
+
+    def __init__(self, cache: BlockCache | None, keys: Sequence[ChunkKey]) -> None:
+        self._cache = cache
+        self._keys = keys
+        self._started = time.perf_counter()
+        self._stored = 0
+        self.writes: list[PendingWrite] = []
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that are being copied: those the pool had not, and had room for."""
+        return sum(len(write.granted) for write in self.writes)
+
+    def complete(self) -> int:
+        """Chunks committed. Waits for the copies. Calling it again is harmless."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            self._stored = cache.complete_store(self.writes, self._keys, self._started)
+        return self._stored
+
+
+class BlockCache:
+    """One rank's way to the pool and the store. Thread-safe; owns neither."""
+
+    def __init__(self, client: PoolClient, store: Store, *, model: ModelSpec, rank: int, counters: Counters) -> None:
+        self._client = client
+        self._store = store
+        self._model = model
+        self._rank = rank
+        self._counters = counters
+        self._in_flight = InFlight()
+        self._failures = FailureLog(logger)
+
+    def lookup(self, keys: Sequence[ChunkKey], *, lease_s: float = 0.0, pin_s: float = 0.0) -> KeyHits:
+        """The leading run of ``keys`` with all ranks' shards: in the pool, then going on in the store.
+
+        A lease covers at most the first ``MAX_KEYS_PER_CALL`` chunks.
+        """
+        started = time.perf_counter()
+        pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s), (0, 0))
+        if pin_s and pool:
+            self.pin(keys[:pool], pin_s)
+        store = 0
+        if pool < len(keys):
+            store = self._shielded("lookup", lambda: leading_run(self._store, keys[pool:], self._model.ranks), 0)
+        self._counters.add(
+            lookup_calls=1,
+            lookup_seconds=time.perf_counter() - started,
+            lookup_chunks=len(keys),
+            lookup_hits=pool + store,
+        )
+        logger.debug("lookup: %d of %d chunks in the pool, %d in the store: %s", pool, len(keys), store, _span(keys))
+        return KeyHits(pool, store, lease)
+
+    def contains(self, key: ChunkKey) -> int:
+        """0: in the pool with all ranks' shards, 1: in the store, -1: nowhere."""
+        if self._shielded("contains", lambda: self._client.lookup(key).hits, 0):
+            return 0
+        in_store = self._shielded("contains", lambda: leading_run(self._store, [key], self._model.ranks), 0)
+        return 1 if in_store else -1
+
+    def begin_retrieve(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> PendingRetrieve:
+        """Starts to load the leading run of ``keys`` into blocks ``[len(keys), blocks per chunk]`` of ``kv``."""
+        if not self._in_flight.enter():
+            return PendingRetrieve(None, keys)
+        pending = PendingRetrieve(self, keys)
+        start = 0
+        with self._failures.contained("retrieve"):
+            for part in _parts(keys):
+                read = begin_read(self._client, part, self._rank)
+                copied = False
+                with self._failures.contained("retrieve"):
+                    read.copy_to(kv, block_ids[start : start + read.hits])
+                    copied = True
+                pending.reads.append((read, copied))
+                if not copied or read.hits < len(part):
+                    break
+                start += len(part)
+        return pending
+
+    def complete_retrieve(
+        self, reads: Sequence[tuple[PendingRead, bool]], keys: Sequence[ChunkKey], started: float
+    ) -> int:
+        """The second half of ``begin_retrieve``; its result calls it, once."""
+        loaded = invalid = 0
+        unbroken = True
+        moved: Counter[Tier] = Counter()
+        try:
+            for read, copied in reads:
+                valid = 0
+                with self._failures.contained("retrieve"):
+                    valid = read.complete()  # each of them: it ends the lease
+                invalid += read.hits - valid
+                if copied and unbroken:
+                    loaded += valid
+                    moved.update(self._bytes_by_tier(read.placements[:valid]))
+                unbroken = unbroken and copied and valid == read.hits
+        finally:
+            self._in_flight.leave()
+        seconds = time.perf_counter() - started
+        self._counters.add(
+            retrieve_calls=1,
+            retrieve_seconds=seconds,
+            hits=loaded,
+            misses=len(keys) - loaded,
+            validation_failures=invalid,
+        )
+        self._counters.moved("read", moved, seconds)
+        logger.debug("retrieve: loaded %d of %d chunks: %s", loaded, len(keys), _span(keys))
+        return loaded
+
+    def begin_store(
+        self,
+        kv: PagedKV,
+        keys: Sequence[ChunkKey],
+        block_ids: Int64Array,
+        *,
+        parent: ChunkKey | None,
+        tenant: int,
+        pin_s: float,
+    ) -> PendingStore:
+        """Starts to store ``keys``, consecutive chunks after ``parent``, from blocks ``[len(keys), blocks per chunk]``."""
+        if not self._in_flight.enter():
+            return PendingStore(None, keys)
+        pending = PendingStore(self, keys)
+        start = 0
+        before: bytes = parent or b""
+        with self._failures.contained("store"):
+            for part in _parts(keys):
+                write = begin_write(
+                    self._client,
+                    part,
+                    parent=before,
+                    rank=self._rank,
+                    ranks=self._model.ranks,
+                    nbytes=kv.payload_bytes(self._model.blocks_per_chunk),
+                    tokens=self._model.chunk_size,
+                    tenant=tenant,
+                    pin_s=pin_s,
+                )
+                self._count_outcomes(write)
+                try:
+                    write.copy_from(kv, block_ids[start + np.asarray(write.granted, dtype=np.int64)])
+                except BaseException:
+                    write.abort()
+                    raise
+                pending.writes.append(write)
+                before = part[-1]
+                start += len(part)
+        return pending
+
+    def complete_store(self, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], started: float) -> int:
+        """The second half of ``begin_store``; its result calls it, once."""
+        stored = granted = 0
+        moved: Counter[Tier] = Counter()
+        try:
+            for write in writes:
+                granted += len(write.granted)
+                with self._failures.contained("store"):
+                    stored += write.complete()
+                    moved.update(self._bytes_by_tier(write.placements))
+        finally:
+            self._in_flight.leave()
+        seconds = time.perf_counter() - started
+        self._counters.add(store_calls=1, store_seconds=seconds, stored=stored, store_lost=granted - stored)
+        self._counters.moved("written", moved, seconds)
+        logger.debug("store: stored %d of %d chunks: %s", stored, len(keys), _span(keys))
+        return stored
+
+    def release(self, lease: int) -> None:
+        """Ends a lease. Asynchronous."""
+        if lease:
+            self._shielded("release", lambda: self._client.release(lease), None)
+
+    def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
+        """Keeps present chunks from eviction; how many."""
+        return self._shielded("pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in _parts(keys)), 0)
+
+    def unpin(self, keys: Sequence[ChunkKey]) -> int:
+        """Ends pins; how many."""
+        return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in _parts(keys)), 0)
+
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        """Removes chunks with all ranks' shards from pool and store; how many the pool had."""
+        shards = [Shard(key, rank) for key in keys for rank in range(self._model.ranks)]
+        self._shielded("remove", lambda: self._store.remove(shards), 0)
+        return self._shielded("remove", lambda: sum(self._client.remove(b"".join(part)) for part in _parts(keys)), 0)
+
+    def clear(self, tenant: int | None) -> int:
+        """Removes a tenant's chunks, or all, from the pool; how many."""
+        return self._shielded("clear", lambda: self._client.clear(tenant), 0)
+
+    def stats(self) -> dict[str, StatsValue]:
+        """Counters and the server's state, by the names of ``vcache/stats.py``."""
+        server = self._shielded("stats", self._client.stats, None)
+        client = {f"client_{name}": value for name, value in self._client.counters.items()}
+        return {**self._counters.snapshot(), "failures": self._failures.total, **client, **server_values(server)}
+
+    def close(self, timeout_s: float) -> bool:
+        """Lets no more calls in and waits for those inside; whether all have ended."""
+        inside = self._in_flight.close(timeout_s)
+        if inside:
+            logger.warning("%d calls did not end within %g s; the engine keeps what they use", inside, timeout_s)
+        return not inside
+
+    def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float) -> tuple[int, int]:
+        hits = lease = 0
+        for part in _parts(keys):
+            found = self._client.lookup(b"".join(part), 0.0 if hits else lease_s)
+            hits += found.hits
+            lease = lease or found.lease
+            if found.hits < len(part):
+                break
+        return hits, lease
+
+    def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
+        """Bytes of these placements; of segments that the present server does not know, none."""
+        moved: Counter[Tier] = Counter()
+        for number in np.unique(placements["segment"]).tolist():
+            info = self._client.session.info(number)
+            if info is not None:
+                moved[info.tier] += int(placements["nbytes"][placements["segment"] == number].sum())
+        return moved
+
+    def _count_outcomes(self, write: PendingWrite) -> None:
+        self._counters.add(
+            store_exists=write.outcomes.count(Outcome.EXISTS),
+            store_no_space=write.outcomes.count(Outcome.NO_SPACE),
+            store_declined=write.outcomes.count(Outcome.DECLINED),
+        )
+
+    def _shielded(self, operation: str, call: Callable[[], T], otherwise: T) -> T:
+        """The call's result, or ``otherwise`` when it fails or the engine is closed."""
+        if not self._in_flight.enter():
+            return otherwise
+        try:
+            return call()
+        except Exception as error:
+            self._failures.record(operation, error)
+            return otherwise
+        finally:
+            self._in_flight.leave()
+
+
+def _parts(keys: Sequence[ChunkKey]) -> Iterator[Sequence[ChunkKey]]:
+    """``keys`` in as few calls as the protocol allows: one, save for the very longest prompts."""
+    for start in range(0, len(keys), MAX_KEYS_PER_CALL):
+        yield keys[start : start + MAX_KEYS_PER_CALL]
+
+
+def _span(keys: Sequence[ChunkKey]) -> KeyText:
+    """The first and the last key, for the log; the pool names each."""
+    return KeyText(keys if len(keys) < 2 else (keys[0], keys[-1]))

@@ -1,0 +1,92 @@
+"""``vcache donate``: a stand-alone donor, whose segment outlives every serving process."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import signal
+import threading
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from vcache.cli.options import ConfigFile, Settings, load_config
+
+if TYPE_CHECKING:
+    from vcache.config import VCacheConfig
+    from vcache.memory.base import Memory
+
+logger = logging.getLogger(__name__)
+
+#: How long readers of the segment are waited for at the end.
+CLOSE_TIMEOUT_S: Final = 10.0
+_DEVICE: Final = re.compile(r"(cpu|cuda):\d+")
+
+
+def donate(
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Whose memory: cuda:0, cpu:0, ...")],
+    size: Annotated[str | None, typer.Option(metavar="SIZE", help="How much: 8GiB (default: segment.size).")] = None,
+    label: Annotated[str, typer.Option(metavar="TEXT", help="A name for `vcache status`.")] = "",
+    config_file: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Give a segment of a device's memory to the pool until told to end (SIGTERM or Ctrl-C)."""
+    from vcache import log
+    from vcache.pool.client import PoolClient
+    from vcache.pool.donor import Donor
+    from vcache.units import approximate_size
+
+    told_to_end = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told_to_end.set())
+    config = load_config(config_file, settings, segment__size=size)
+    log.configure(config.log_level, f"donor {device}")
+    segment_id = secrets.token_bytes(16)
+    memory = _allocate(config, device, segment_id)
+    size_text = approximate_size(memory.nbytes)
+    try:
+        client = PoolClient(
+            config, device=memory.device, writes=False, name=f"donor {label or device}", maps_ahead=False
+        )
+        donor = Donor(config, client, memory, segment_id, label=label)
+    except BaseException:
+        memory.close()
+        raise
+    try:
+        if not donor.wait_registered(config.client.connect_timeout):
+            logger.warning(
+                "no metadata server at %s yet; the segment joins the pool once there is one", config.endpoint
+            )
+        while not told_to_end.is_set() and not donor.wait_registered(1.0):
+            pass
+        if donor.registered:
+            typer.echo(f"donating {size_text} of {device} to {config.endpoint} as segment {segment_id.hex()}")
+        told_to_end.wait()
+        if not donor.close(CLOSE_TIMEOUT_S):
+            logger.warning("the segment was still in use after %g s; its readers will see misses", CLOSE_TIMEOUT_S)
+    finally:
+        donor.close(0.0)
+        client.close()
+    typer.echo(f"took {size_text} of {device} back")
+
+
+def _allocate(config: VCacheConfig, device: str, segment_id: bytes) -> Memory:
+    """Zeroed memory of the device and of the tier that the configuration asks for; torch is loaded for a GPU only."""
+    from vcache.errors import ConfigError
+    from vcache.memory.host import HostMemory
+    from vcache.pool.runtime_dir import RuntimeDir
+
+    if not _DEVICE.fullmatch(device):
+        raise typer.BadParameter(f"{device!r} is no device; use cuda:0, cuda:1, ... or cpu:0", param_hint="--device")
+    is_gpu = device.startswith("cuda:")
+    if config.segment.tier == "vram" and not is_gpu:
+        raise ConfigError(
+            f"segment.tier = 'vram' (from {config.origin('segment.tier')}): {device} has none; use dram or auto"
+        )
+    if is_gpu and config.segment.tier != "dram":
+        from vcache.memory.cuda import CudaMemory
+
+        return CudaMemory.create(config.segment.size, device=device)
+    runtime = RuntimeDir(config.runtime_path)
+    return HostMemory.create(runtime, segment_id, config.segment.size, device="cpu:0" if is_gpu else device)

@@ -1,0 +1,44 @@
+"""Options that several commands share, and the configuration they add up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vcache.config import VCacheConfig
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="YAML file of settings (default: what VCACHE_CONFIG_FILE names)."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="NAME=VALUE", help="One setting, such as server.eviction.high_watermark=0.9; repeatable."
+    ),
+]
+
+
+def load_config(file: Path | None, settings: list[str] | None = None, **flat: Any) -> VCacheConfig:
+    """The configuration of a command line. ``flat``: settings that have options of their own, ``__`` for the dot.
+
+    Raises ``ConfigError``.
+    """
+    from vcache.config import VCacheConfig
+    from vcache.settings_sources import nested
+
+    chosen = dict(_split(text) for text in settings or [])
+    chosen |= {name.replace("__", "."): value for name, value in flat.items() if value is not None}
+    return VCacheConfig.load(file, **nested(chosen))
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE, such as chunk_size=512", param_hint="--set")
+    return name.strip(), value.strip()

@@ -1,0 +1,376 @@
+"""VCacheEngine: the public API. Tokens, masks and slots in; hits, stored chunks and loaded blocks out.
+
+Bad arguments raise ``ValueError`` naming the argument, and nothing is stored. Everything else that can go wrong (no server, a
+dead donor, a full pool) is a miss, a counter and a line in the log. Not here: moving chunks by key and block
+(``block_cache.py``), the pool, the copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vcache.arguments import (
+    check_distinct,
+    check_key,
+    check_keys,
+    checked_blocks,
+    checked_seconds,
+    pin_seconds,
+)
+from vcache.block_cache import BlockCache, KeyHits, PendingRetrieve, PendingStore
+from vcache.chunk_plan import plan_chunks
+from vcache.config import DEFAULT_ORIGIN, VCacheConfig
+from vcache.devices import checked_device, default_device, device_name
+from vcache.donation import donation_bytes, open_donation
+from vcache.errors import ConfigError
+from vcache.keys import ChunkKey, ModelSpec, chunk_keys, parse_key, tenant_of
+from vcache.kv_tensors import KVTensors, promised_payload_bytes
+from vcache.pool.client import PoolClient
+from vcache.stats import Counters, StatsValue
+from vcache.store import open_store
+
+if TYPE_CHECKING:
+    from vcache.arguments import Mask, Tokens
+    from vcache.paged_kv import KVCaches, PagedKV
+    from vcache.pool.donor import Donor
+
+logger = logging.getLogger("vcache.engine")
+
+Int64Array = npt.NDArray[np.int64]
+#: How long ``close`` waits for calls under way, and for readers of a donated segment.
+CLOSE_TIMEOUT_S: Final = 10.0
+
+
+class VCacheEngine:
+    """Stores, finds and loads a serving process's KV by its tokens.
+
+    A *worker* owns KV tensors and moves chunks; with ``donate`` it also gives memory of its device to the pool. A
+    *scheduler* only looks things up: it touches no device and maps no segment. Thread-safe; a context manager.
+    """
+
+    def __init__(
+        self,
+        config: VCacheConfig | None = None,
+        *,
+        model: ModelSpec,
+        role: Literal["worker", "scheduler"] = "worker",
+        rank: int = 0,
+        device: str | torch.device | None = None,
+        kv_caches: KVCaches | PagedKV | None = None,
+        donate: int | str | None = None,
+    ) -> None:
+        """Waits at most ``client.connect_timeout`` for the server, then works as an empty cache until it is there.
+
+        rank: of ``model.ranks``, this process's part of every chunk.
+        device: of the KV tensors (default: that of ``kv_caches``, else the current GPU, else host memory).
+        kv_caches: the tensors of calls that name none (also: ``register_kv_caches``).
+        donate: bytes of the device to give to the pool for this engine's life ("8GiB"; "auto": ``segment.size``).
+
+        Raises ``ConfigError`` or ``ValueError`` for a configuration or tensors that cannot work, ``CapacityError`` when there
+        is not as much memory as ``donate`` asks for.
+        """
+        self.config = config if config is not None else VCacheConfig.load()
+        self.model = model
+        self.role = role
+        self.rank = rank
+        self._check_construction(device, kv_caches, donate)
+        self._kv = KVTensors(model)
+        where = self._device(device, kv_caches)
+        donated_bytes = donation_bytes(self.config, donate) if donate is not None else 0
+        self._store = open_store(self.config.store)
+        self._client = PoolClient(
+            self.config,
+            device=device_name(where) if where is not None else "",
+            writes=role == "worker",
+            name=f"{role} {rank}/{model.ranks} pid {os.getpid()}",
+        )
+        self._donor: Donor | None = None
+        self._cache = BlockCache(self._client, self._store, model=model, rank=rank, counters=Counters())
+        self._closing = threading.Lock()
+        self._closed = False
+        try:
+            if donated_bytes and where is not None:
+                self._donor = open_donation(
+                    self.config,
+                    self._client,
+                    model,
+                    device=where,
+                    nbytes=donated_bytes,
+                    payload_bytes=self._payload_bytes(),
+                )
+        except BaseException:
+            self.close(0.0)
+            raise
+        self._await_pool()
+
+    # --- the five calls ---------------------------------------------------------------------------------------------
+
+    def lookup(
+        self, tokens: Tokens, *, salt: str = "", pin: float = 0.0, extra_keys: Sequence[str | bytes] = ()
+    ) -> int:
+        """Leading tokens present with all ranks' shards, in the pool or going on in the store; whole chunks.
+
+        ``pin``: seconds for which the chunks found in the pool are kept from eviction.
+        """
+        keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
+        return self._cache.lookup(keys, pin_s=pin_seconds(pin)).hits * self.model.chunk_size
+
+    def store(
+        self,
+        tokens: Tokens,
+        mask: Mask | None = None,
+        kvcaches: KVCaches | PagedKV | None = None,
+        slot_mapping: torch.Tensor | npt.NDArray[Any] | None = None,
+        offset: int = 0,
+        *,
+        salt: str = "",
+        pin: float = 0.0,
+        extra_keys: Sequence[str | bytes] = (),
+    ) -> None:
+        """Stores the whole chunks of ``tokens`` that the pool has not, as far as there is room for them.
+
+        mask: bool, one per token, true where a token is to be stored; false only on a leading run of whole chunks, which
+            are taken to be stored already. Default: true from ``offset`` on.
+        kvcaches: the tensors that hold the KV (default: the registered ones).
+        slot_mapping: integers; ``slot_mapping[i]`` is the slot of token ``offset + i``, up to the last token. Each block's
+            slots are whole and in order.
+        pin: seconds for which the chunks are kept from eviction.
+
+        When it returns the bytes are copied and committed, and readers find them as soon as the server has read its mail.
+        """
+        kv = self._kv_of(kvcaches)
+        keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
+        plan = plan_chunks(self.model, kv, keys, len(tokens), mask=mask, slot_mapping=slot_mapping, offset=offset)
+        pending = self._cache.begin_store(
+            kv, plan.keys, plan.block_ids, parent=plan.parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin)
+        )
+        pending.complete()
+
+    def retrieve(
+        self,
+        tokens: Tokens,
+        mask: Mask | None = None,
+        kvcaches: KVCaches | PagedKV | None = None,
+        slot_mapping: torch.Tensor | npt.NDArray[Any] | None = None,
+        *,
+        salt: str = "",
+        pin: float = 0.0,
+        extra_keys: Sequence[str | bytes] = (),
+    ) -> torch.Tensor:
+        """Loads the leading run of chunks that are there; bool ``[len(tokens)]``, true for the tokens this call loaded.
+
+        mask: bool, one per token, true where a token is wanted; false only on a leading run of whole chunks, whose KV the
+            caller has already (they stay false in the result). Default: all true.
+        kvcaches, slot_mapping: as for ``store``, with ``slot_mapping[i]`` the slot of token ``i``. No block twice.
+        pin: seconds for which the chunks loaded are kept from eviction.
+
+        A chunk that changed while it was read ends the run. The result is in host memory. Blocks of tokens that are false
+        in it may have been overwritten.
+        """
+        kv = self._kv_of(kvcaches)
+        keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
+        plan = plan_chunks(self.model, kv, keys, len(tokens), mask=mask, slot_mapping=slot_mapping, offset=0)
+        check_distinct("slot_mapping", plan.block_ids)
+        pin_s = pin_seconds(pin)
+        chunks = self._cache.begin_retrieve(kv, plan.keys, plan.block_ids).complete()
+        if pin_s and chunks:
+            self._cache.pin(plan.keys[:chunks], pin_s)
+        loaded = torch.zeros(len(tokens), dtype=torch.bool)
+        loaded[plan.skipped_tokens : plan.skipped_tokens + chunks * self.model.chunk_size] = True
+        return loaded
+
+    def contains(self, cache_key: ChunkKey | bytes | str) -> int:
+        """Where a chunk is: 0 in the pool, 1 in the store, -1 nowhere. Takes a key or its text form."""
+        if isinstance(cache_key, str):
+            cache_key = parse_key(cache_key)
+        check_key("cache_key", cache_key)
+        return self._cache.contains(ChunkKey(cache_key))
+
+    def get_stats(self) -> dict[str, StatsValue]:
+        """Counters of this engine and the server's state; every key is in ``docs/python-api.md``."""
+        return self._cache.stats()
+
+    # --- for integrations, by key and block --------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: KVCaches | PagedKV) -> PagedKV:
+        """Makes these the tensors of calls that name none. ``ValueError`` says which does not fit the model, and why."""
+        self._needs_worker("register_kv_caches")
+        return self._kv.register(kv_caches)
+
+    def keys_of(self, tokens: Tokens, *, salt: str = "", extra_keys: Sequence[str | bytes] = ()) -> list[ChunkKey]:
+        """Keys of the whole chunks of ``tokens``."""
+        return chunk_keys(
+            tokens,
+            chunk_size=self.model.chunk_size,
+            fingerprint=self.model.fingerprint(),
+            salt=salt,
+            extra_keys=extra_keys,
+        )
+
+    def lookup_keys(self, keys: Sequence[ChunkKey], lease_s: float = 0.0) -> KeyHits:
+        """As ``lookup``; with ``lease_s`` those in the pool cannot be evicted for so long (``release`` ends it)."""
+        check_keys("keys", keys)
+        return self._cache.lookup(keys, lease_s=checked_seconds("lease_s", lease_s))
+
+    def release(self, lease: int) -> None:
+        """Ends a lease of ``lookup_keys``. Asynchronous; 0 and leases that ran out are harmless."""
+        self._cache.release(lease)
+
+    def begin_store(
+        self,
+        keys: Sequence[ChunkKey],
+        block_ids: npt.ArrayLike,
+        parent: ChunkKey | None = None,
+        *,
+        salt: str = "",
+        pin: float = 0.0,
+    ) -> PendingStore:
+        """Starts to store chunks from the registered tensors: ``block_ids`` is ``[len(keys), blocks per chunk]``.
+
+        ``keys`` are consecutive chunks of a prompt, ``parent`` the key before them (None at its start). On a GPU this only
+        enqueues on the current stream. The blocks must not change until ``complete``, which must be called.
+        """
+        kv, blocks = self._blocks_of(keys, block_ids)
+        if parent is not None:
+            check_key("parent", parent)
+        return self._cache.begin_store(kv, keys, blocks, parent=parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin))
+
+    def begin_retrieve(self, keys: Sequence[ChunkKey], block_ids: npt.ArrayLike) -> PendingRetrieve:
+        """Starts to load the leading run of ``keys`` that is there into blocks of the registered tensors.
+
+        On a GPU this only enqueues on the current stream. The blocks hold nothing one may use until ``complete``, which
+        must be called, has said how many leading chunks are valid.
+        """
+        kv, blocks = self._blocks_of(keys, block_ids)
+        check_distinct("block_ids", blocks)
+        return self._cache.begin_retrieve(kv, keys, blocks)
+
+    def pin_keys(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
+        """Keeps present chunks from eviction for ``pin_s`` seconds; how many."""
+        check_keys("keys", keys)
+        return self._cache.pin(keys, pin_seconds(pin_s))
+
+    def unpin_keys(self, keys: Sequence[ChunkKey]) -> int:
+        """Ends pins before their time; how many."""
+        check_keys("keys", keys)
+        return self._cache.unpin(keys)
+
+    def remove_keys(self, keys: Sequence[ChunkKey]) -> int:
+        """Removes chunks from pool and store; how many the pool had. Removed means gone."""
+        check_keys("keys", keys)
+        return self._cache.remove(keys)
+
+    def clear(self, *, salt: str | None = None) -> int:
+        """Removes every chunk of the tenant that ``salt`` names, or (None) of all, from the pool; how many."""
+        return self._cache.clear(None if salt is None else tenant_of(salt))
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits for calls under way and readers of the donated segment, then lets go of everything. Twice is harmless.
+
+        Afterwards the engine is an empty cache.
+        """
+        if not self._cache.close(timeout_s):
+            return
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._release_all(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- beneath -----------------------------------------------------------------------------------------------------
+
+    def _check_construction(
+        self, device: str | torch.device | None, kv_caches: KVCaches | PagedKV | None, donate: int | str | None
+    ) -> None:
+        if self.role not in ("worker", "scheduler"):
+            raise ValueError(f"role must be 'worker' or 'scheduler', got {self.role!r}")
+        if type(self.rank) is not int or not 0 <= self.rank < self.model.ranks:
+            raise ValueError(f"rank must be from 0 to {self.model.ranks - 1} (the model's ranks), got {self.rank!r}")
+        if self.role == "scheduler":
+            given = {"device": device, "kv_caches": kv_caches, "donate": donate}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} must not be given with role='scheduler', which touches no device")
+        for name in ("chunk_size", "block_size"):
+            configured, described = getattr(self.config, name), getattr(self.model, name)
+            origin = self.config.origin(name)
+            if configured != described and origin != DEFAULT_ORIGIN:
+                raise ConfigError(
+                    f"{name} = {configured} (from {origin}): the model's description says {described}; make them equal, "
+                    f"or leave {name} out"
+                )
+
+    def _device(self, device: str | torch.device | None, kv_caches: KVCaches | PagedKV | None) -> torch.device | None:
+        """Where this engine's KV is or will be; None for a scheduler."""
+        if self.role == "scheduler":
+            return None
+        given = checked_device(device) if device is not None else None
+        if kv_caches is None:
+            return given or default_device()
+        found = checked_device(self._kv.register(kv_caches).device)
+        if given is None:
+            return found
+        if given.type != found.type or (given.type == "cuda" and given != found):
+            raise ValueError(f"kv_caches is on {found}, device says {given}")
+        return given  # torch gives host tensors no ordinal
+
+    def _payload_bytes(self) -> int:
+        """One shard's bytes, or 0 while nothing says so."""
+        kv = self._kv.registered
+        return kv.payload_bytes(self.model.blocks_per_chunk) if kv is not None else promised_payload_bytes(self.model)
+
+    def _await_pool(self) -> None:
+        started = time.monotonic()
+        timeout_s = self.config.client.connect_timeout
+        if not self._client.wait_available(timeout_s):
+            logger.warning(
+                "no metadata server answered at %s within %g s; this engine is an empty cache until one does",
+                self.config.endpoint,
+                timeout_s,
+            )
+            return
+        left_s = timeout_s - (time.monotonic() - started)
+        if self._donor is not None and not self._donor.wait_registered(max(0.0, left_s)):
+            logger.warning(
+                "the donated segment was not taken within %g s; the pool gets it as soon as it can", timeout_s
+            )
+
+    def _release_all(self, timeout_s: float) -> None:
+        if self._donor is not None:
+            self._donor.close(timeout_s)
+        self._client.close()
+        self._store.close(timeout_s)
+        self._kv.clear()
+
+    def _needs_worker(self, call: str) -> None:
+        if self.role != "worker":
+            raise ValueError(f"{call} needs role='worker': a scheduler has no KV tensors")
+
+    def _kv_of(self, kvcaches: KVCaches | PagedKV | None) -> PagedKV:
+        self._needs_worker("moving chunks")
+        return self._kv.mapped(kvcaches)
+
+    def _blocks_of(self, keys: Sequence[ChunkKey], block_ids: npt.ArrayLike) -> tuple[PagedKV, Int64Array]:
+        check_keys("keys", keys)
+        kv = self._kv_of(None)
+        per_chunk = self.model.blocks_per_chunk
+        return kv, checked_blocks(block_ids, chunks=len(keys), per_chunk=per_chunk, num_blocks=kv.num_blocks)

@@ -1,0 +1,304 @@
+"""A process's client of the metadata server: what the pool can be asked.
+
+No call raises because something is unavailable: it answers as an empty cache would, counts, and leaves it to the background
+thread (``background.py``) to find the server again. No call waits longer than ``client.call_timeout``, and after the first
+that did, none waits at all until the server answers a heartbeat. Bad arguments are ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import zmq
+
+from vcache import protocol
+from vcache.config import VCacheConfig
+from vcache.pool.background import Background, MakeRequest, Member
+from vcache.pool.calls import Calls, OneWay
+from vcache.pool.mappings import Mappings, Use
+from vcache.pool.runtime_dir import HeldFile, RuntimeDir
+from vcache.pool.session import PLACEMENT_DTYPE, Acquired, Granted, PlacementArray, Session
+from vcache.pool.wire import dealer
+from vcache.protocol import (
+    KEY_BYTES,
+    MAX_KEYS_PER_CALL,
+    AnyReply,
+    Done,
+    Grants,
+    Hits,
+    Placements,
+    SegmentInfo,
+    ServerStats,
+)
+
+__all__ = ["PLACEMENT_DTYPE", "Acquired", "Granted", "PlacementArray", "PoolClient"]
+
+#: The client's counters. They only ever grow.
+COUNTERS: Final = {
+    "calls": "calls sent to the server",
+    "calls_skipped": "calls answered as by an empty cache, since the server was known to be unavailable",
+    "calls_timed_out": "calls that the server did not answer in time",
+    "calls_refused": "calls that the server refused",
+    "stale_replies": "replies that came too late, or from an earlier life of the server",
+    "bad_replies": "replies that were no message of this protocol, or not the one asked for",
+    "unsent_messages": "messages dropped because the server could not be reached or was too slow to take them",
+    "sessions_opened": "hellos answered",
+    "sessions_lost": "sessions that the server did not know any more, mostly since it was restarted",
+    "failures": "failures in the background thread",
+    "unmapped_hits": "hits in segments that this process cannot map: not served",
+    "unmapped_grants": "grants in segments that this process cannot map: given back",
+    "refused_marks": "grants whose record was not free in memory: given back",
+    "lost_writes": "writes whose record was no longer the writer's at the commit",
+    "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
+}
+
+#: What a removal may take beyond the liveness deadline, after which a donor that does not answer counts as dead.
+_REMOVAL_EXTRA_S: Final = 5.0
+_STOP_TIMEOUT_S: Final = 5.0
+_NO_HITS: Final = Hits(id=0, term=0, hits=0, lease=0)
+
+Reply = TypeVar("Reply", bound=AnyReply)
+Taken = TypeVar("Taken")
+
+
+class PoolClient:
+    """Thread-safe. Construction starts a background thread and returns at once, whether or not there is a server.
+
+    ``device``: "cpu:0", or a GPU's UUID: where this process's KV tensors are. ``writes``: whether it will reserve space.
+    ``maps_ahead``: map this host's segments as they come up rather than at their first use (default: if it writes).
+    Raises ``UnavailableError`` when the runtime directory cannot be used, ``ConfigError`` for bad CURVE keys. A forked child
+    must make its own; its parent's answers there as if the server were away.
+    """
+
+    def __init__(
+        self, config: VCacheConfig, *, device: str, writes: bool, name: str = "", maps_ahead: bool | None = None
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.runtime = RuntimeDir(config.runtime_path)
+        self.host = self.runtime.host_id
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self.session = Session(b"\x01" + secrets.token_bytes(15))
+        self.mappings = Mappings(self.runtime, host=self.host)
+        self._count_lock = threading.Lock()
+        self._pid = os.getpid()
+        self._closed = False
+        # Before the first hello: a donor that does not find the file takes the client for dead.
+        self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            socket = dealer(self._context, config)
+            #: For donors: their traffic goes through it.
+            self.background = Background(
+                self._context,
+                config,
+                self.session,
+                Member(self.host, name or f"{device} pid {self._pid}", device, writes),
+                mappings=self.mappings,
+                runtime=self.runtime,
+                maps_ahead=writes if maps_ahead is None else maps_ahead,
+                count=self.count,
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            self._give_up_lock()
+            raise
+        self._calls = Calls(
+            socket, self.session, self.background, timeout_s=config.client.call_timeout, count=self.count
+        )
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def available(self) -> bool:
+        """Whether a session is open and the server answers."""
+        return self.background.available.is_set() and self.session.term != 0 and not self._is_over
+
+    def wait_available(self, timeout_s: float) -> bool:
+        """Waits for it, at most this long."""
+        return self.background.available.wait(timeout_s) and self.available
+
+    @property
+    def term(self) -> int:
+        """The server's, or 0 while there is no session."""
+        return self.session.term
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Adds to one of ``COUNTERS``."""
+        with self._count_lock:
+            self.counters[name] += amount
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: bytes, lease_s: float = 0) -> Hits:
+        """The leading run of ``keys`` (16 bytes each, joined) that is present; leased for ``lease_s`` if positive.
+
+        The lease, if any, is the caller's to ``release``. No hits when the server is unavailable.
+        """
+        _check_keys(keys)
+        hits = self._call(
+            Hits,
+            lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s),
+            lambda reply: reply if self.session.leased(reply.term, reply.lease) else None,
+        )
+        return hits or _NO_HITS
+
+    def acquire(self, keys: bytes, rank: int) -> Acquired | None:
+        """The leading run, leased for ``client.lease``, with a placement of ``rank``'s shard for each chunk of it.
+
+        The lease is the caller's to ``release``. ``None`` when the server is unavailable.
+        """
+        _check_keys(keys)
+        lease_s = self.config.client.lease
+        return self._call(
+            Placements,
+            lambda id_, session, term: protocol.Acquire(id_, session, term, keys, rank, lease_s),
+            self.session.acquired,
+        )
+
+    def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
+        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits."""
+        if lease and self.session.released(lease):
+            verdict = list(invalid)
+            self._tell(OneWay(lambda id_, session, term: protocol.Release(id_, session, term, lease, verdict)))
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        keys: bytes,
+        *,
+        parent: bytes,
+        rank: int,
+        ranks: int,
+        nbytes: int,
+        tokens: int,
+        tenant: int,
+        ttl_s: int = 0,
+        pin_s: float = 0.0,
+    ) -> Granted | None:
+        """Space for one rank's shards of a run of chunks, whose first has ``parent`` before it (empty: none).
+
+        Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. ``None`` when the server is
+        unavailable.
+        """
+        _check_keys(keys)
+        if self._alive is None:
+            raise ValueError("writes = False: a client that reserves must be made with writes=True")
+
+        def make(id_: int, session: bytes, term: int) -> protocol.Reserve:
+            return protocol.Reserve(id_, session, term, keys, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+
+        return self._call(Grants, make, lambda reply: self.session.granted(make(0, b"", 0), reply))
+
+    def commit(self, generations: Sequence[int]) -> None:
+        """Tells the server that these records are committed in memory. Never waits; without a session it is told later."""
+        if generations:
+            told = list(generations)
+            self._tell(
+                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, is_commit=True)
+            )
+
+    def abort(self, generations: Sequence[int]) -> None:
+        """Gives grants back. Only once their writer touches record and extent no more. Never waits."""
+        if generations:
+            given = list(generations)
+            self._tell(OneWay(lambda id_, session, term: protocol.Abort(id_, session, term, given), given))
+
+    # --- the rest -------------------------------------------------------------------------------------------------
+
+    def touch(self, keys: bytes) -> None:
+        """Counts as a use for eviction. Never waits."""
+        _check_keys(keys)
+        self._tell(OneWay(lambda id_, session, term: protocol.Touch(id_, session, term, keys)))
+
+    def pin(self, keys: bytes, pin_s: float) -> int:
+        """Keeps present chunks from eviction; how many."""
+        _check_keys(keys)
+        return self._count_of(lambda id_, session, term: protocol.Pin(id_, session, term, keys, pin_s))
+
+    def unpin(self, keys: bytes) -> int:
+        """Ends pins; how many."""
+        _check_keys(keys)
+        return self._count_of(lambda id_, session, term: protocol.Unpin(id_, session, term, keys))
+
+    def remove(self, keys: bytes) -> int:
+        """Removes chunks; how many. Returns once they are gone from memory, too; 0 when that cannot be had in time."""
+        _check_keys(keys)
+        return self._removed(lambda id_, session, term: protocol.Remove(id_, session, term, keys))
+
+    def clear(self, tenant: int | None = None) -> int:
+        """Removes every chunk of a tenant, or of all; how many. Returns as ``remove`` does."""
+        return self._removed(lambda id_, session, term: protocol.Clear(id_, session, term, tenant or 0, tenant is None))
+
+    def stats(self) -> ServerStats | None:
+        """The server's state."""
+        return self._call(ServerStats, protocol.Stats, lambda reply: reply)
+
+    def use_segment(self, info: SegmentInfo) -> Use | None:
+        """A segment, mapped until the answer is released; ``None`` when this process cannot map it."""
+        return self.mappings.use(info)
+
+    def segment(self, number: int) -> Use | None:
+        """As ``use_segment``, by the number a segment has in the present term."""
+        info = self.session.info(number)
+        return self.mappings.use(info) if info is not None else None
+
+    def close(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
+        """Ends the session, unmaps what is not in use. Donors are to be closed before. Harmless when called twice.
+
+        While grants are outstanding the session is not said to be over: a copy may still be running.
+        """
+        with self._count_lock:
+            if self._is_over:  # a forked child owns neither the sockets nor the thread
+                return
+            self._closed = True
+        self._calls.close()
+        is_stopped = self.background.stop(timeout_s)
+        self.mappings.close()
+        if is_stopped:
+            self._context.term()
+        if not self.session.holds_grants:
+            self._give_up_lock()
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_over(self) -> bool:
+        return self._closed or os.getpid() != self._pid
+
+    def _call(self, expected: type[Reply], make: MakeRequest, take: Callable[[Reply], Taken | None]) -> Taken | None:
+        if not self.available:
+            self.count("calls_skipped")
+            return None
+        return self._calls.call(expected, make, take)
+
+    def _count_of(self, make: MakeRequest) -> int:
+        return self._call(Done, make, lambda reply: reply.count) or 0
+
+    def _removed(self, make: MakeRequest) -> int:
+        if not self.available:
+            self.count("calls_skipped")
+            return 0
+        timeout_s = self.background.liveness_s + _REMOVAL_EXTRA_S
+        return self._calls.call_deferred(Done, make, lambda reply: reply.count, timeout_s=timeout_s) or 0
+
+    def _tell(self, message: OneWay) -> None:
+        if not self._is_over:
+            self._calls.tell(message)
+
+    def _give_up_lock(self) -> None:
+        if self._alive is not None:
+            self._alive.unlink()
+            self._alive.close()
+
+
+def _check_keys(keys: bytes) -> None:
+    if not keys or len(keys) % KEY_BYTES or len(keys) > KEY_BYTES * MAX_KEYS_PER_CALL:
+        raise ValueError(
+            f"keys: {len(keys)} bytes; 1 to {MAX_KEYS_PER_CALL} keys of {KEY_BYTES} bytes each, joined, are needed"
+        )

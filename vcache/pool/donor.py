@@ -1,0 +1,271 @@
+"""A donor: gives a segment to the pool, hands its records over to each new server, and carries out the server's orders.
+
+Everything happens in the client's background thread, as answers come in; a donor never waits there. What a donor does when
+its segment meets a server again depends on what may have happened meanwhile:
+
+* a new term: the same incarnation, all records handed over; the server was away, nobody removed anything;
+* the same term, or a silence of this process that a server may have taken for its death: entries may have been removed since.
+  Every committed record is retired and the segment begins a new incarnation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from enum import Enum
+from itertools import islice
+from typing import Final
+
+from vcache import protocol
+from vcache.config import VCacheConfig
+from vcache.errors import UnavailableError
+from vcache.failures import FailureLog
+from vcache.memory.base import Memory
+from vcache.pool.client import PoolClient
+from vcache.pool.segment import Segment
+from vcache.protocol import (
+    MAX_ITEMS_PER_PAGE,
+    AnyReply,
+    Done,
+    Error,
+    ErrorCode,
+    Orders,
+    RecordInfo,
+    Registered,
+    RetireItem,
+)
+
+logger = logging.getLogger(__name__)
+
+#: A record in a handover takes less than this on the wire.
+_RECORD_WIRE_BYTES: Final = 160
+
+
+class State(Enum):
+    """Where a donor stands with the server of the present term."""
+
+    WAITING = "waiting"  # for a session, or to try again
+    REGISTERING = "registering"
+    HANDING_OVER = "handing over"
+    SERVING = "serving"
+    DRAINING = "draining"
+    CLOSED = "closed"
+
+
+class Donor:
+    """Gives ``memory`` (zeroed, of this process) to the pool and owns it from then on.
+
+    Returns at once; ``wait_registered`` waits for the server. ``close`` takes the segment back. Raises ``CapacityError`` when
+    the memory has no room for data. Thread-safe.
+    """
+
+    def __init__(
+        self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
+    ) -> None:
+        self.segment = Segment.create(memory, segment_id, records=config.segment.records)
+        self.label = label
+        self._client = client
+        self._background = client.background
+        self._failures = FailureLog(logger)
+        self._page = min(MAX_ITEMS_PER_PAGE, config.server.max_message_bytes // _RECORD_WIRE_BYTES)
+        self._state = State.WAITING
+        self._number = 0
+        self._term = 0  # of the last registration
+        self._is_ahead = False  # the segment has begun an incarnation that no server knows yet
+        self._pages: Iterator[RecordInfo] = iter(())
+        self._sent: tuple[list[RecordInfo], bool] = ([], False)
+        self._registered = threading.Event()
+        self._drained = threading.Event()
+        self._drain_asked = False
+        self._close_lock = threading.Lock()
+        client.mappings.adopt(self.segment)
+        client.background.add_duty(self)
+        if client.available:
+            client.background.wake()
+
+    @property
+    def registered(self) -> bool:
+        """Whether the server of the present term knows the segment and all its records."""
+        return self._registered.is_set()
+
+    def wait_registered(self, timeout_s: float) -> bool:
+        """Waits for it, at most this long."""
+        return self._registered.wait(timeout_s)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Takes the segment back: no new grants or leases, wait for those there are, unlink. Harmless when called twice.
+
+        Whether all users were done in time. What readers of other processes have mapped stays readable to them (host
+        memory); they find out by validation. Close it before its client.
+        """
+        with self._close_lock:
+            if self._state is State.CLOSED:
+                return True
+            self._drain_asked = True
+            self._background.wake()
+            is_drained = not self._client.available or self._drained.wait(timeout_s)
+            self._state = State.CLOSED
+            self._registered.clear()
+            self._background.remove_duty(self)
+            is_unused = self._client.mappings.give_up(self.segment, timeout_s)
+            if is_unused:
+                self.segment.close()
+                logger.info("segment %s is taken back", self.segment.segment_id.hex())
+            else:  # freeing memory under a copy crashes the process; its end frees it, too
+                logger.warning("segment %s is still in use: it goes with this process", self.segment.segment_id.hex())
+            return is_drained and is_unused
+
+    # --- duties, in the background thread -------------------------------------------------------------------------
+
+    def on_session(self, *, was_suspended: bool) -> None:
+        self._registered.clear()
+        self._number = 0
+        if self._term == self._background.term or (self._term and was_suspended):
+            self._begin_incarnation()
+        if self._state is not State.CLOSED:
+            self._state = State.WAITING
+
+    def on_gone(self, number: int) -> None:
+        if number == self._number and self._state in (State.HANDING_OVER, State.SERVING):
+            self._dropped("the server dropped it")
+
+    def on_tick(self) -> None:
+        if self._drain_asked and not self._drained.is_set():
+            self._drain()
+        elif self._state is State.WAITING and self._background.term:
+            self._register()
+
+    def on_orders(self, orders: Orders) -> None:
+        for number, items in orders.retire:
+            if number == self._number and self._state is not State.CLOSED:
+                self._retire(number, items)
+
+    def _retire(self, number: int, items: list[RetireItem]) -> None:
+        for item in items:
+            self.segment.retire(item.record, item.generation)
+        self._background.request(
+            lambda id_, session, term: protocol.Retired(id_, session, term, number, items), self._on_retired
+        )
+
+    def _on_retired(self, reply: AnyReply | None) -> None:
+        if isinstance(reply, Error):
+            self._refused("retire", reply)
+
+    # --- registration and handover --------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        segment = self.segment
+        # Memory that never was in a pool has no writers from before.
+        attached = self._client.runtime.live_writers() if self._term else []
+        self._state = State.REGISTERING
+        self._background.request(
+            lambda id_, session, term: protocol.RegisterSegment(
+                id=id_,
+                session=session,
+                term=term,
+                segment_id=segment.segment_id,
+                incarnation=segment.incarnation,
+                tier=segment.tier,
+                device=segment.memory.device,
+                nbytes=segment.nbytes,
+                data_offset=segment.data_offset,
+                records=segment.records,
+                handle=segment.memory.handle,
+                label=self.label,
+                attached=attached,
+            ),
+            self._on_registered,
+        )
+
+    def _on_registered(self, reply: AnyReply | None) -> None:
+        if self._state is not State.REGISTERING:
+            return
+        if isinstance(reply, Registered):
+            self._number, self._term = reply.number, reply.term
+            self._state = State.HANDING_OVER
+            if self._is_ahead:  # what was committed since the new incarnation began belongs to the one before
+                self.segment.retire_committed()
+                self._is_ahead = False
+            self._pages = self.segment.scan()  # only now: what commits from here on is told to this server
+            self._next_page()
+        elif isinstance(reply, Error) and reply.code is ErrorCode.UNKNOWN_SEGMENT:
+            self._dropped(reply.text)
+        else:
+            self._state = State.WAITING  # and the next tick tries again
+            if isinstance(reply, Error):
+                self._refused("register", reply)
+
+    def _next_page(self) -> None:
+        items = list(islice(self._pages, self._page))
+        self._sent = (items, len(items) < self._page)
+        self._send_page()
+
+    def _send_page(self) -> None:
+        number, (items, last) = self._number, self._sent
+        self._background.request(
+            lambda id_, session, term: protocol.Handover(id_, session, term, number, items, last), self._on_page
+        )
+
+    def _on_page(self, reply: AnyReply | None) -> None:
+        if self._state is not State.HANDING_OVER:
+            return
+        if isinstance(reply, Error):
+            self._refused("hand over", reply)
+        elif not isinstance(reply, Done):
+            self._send_page()  # lost, or late: a page sent twice is harmless
+        elif self._sent[1]:
+            self._state = State.SERVING
+            self._registered.set()
+            logger.info(
+                "segment %s incarnation %d (%s, %d bytes) is number %d in term %d",
+                self.segment.segment_id.hex(),
+                self.segment.incarnation,
+                self.segment.memory.device,
+                self.segment.nbytes,
+                self._number,
+                self._term,
+            )
+        else:
+            self._next_page()
+
+    def _refused(self, what: str, error: Error) -> None:
+        if error.code is ErrorCode.UNKNOWN_SEGMENT:
+            if self._state in (State.HANDING_OVER, State.SERVING):
+                self._dropped(error.text)
+        else:
+            self._failures.record(f"{what} ({error.code.name})", UnavailableError(error.text))
+
+    def _dropped(self, why: str) -> None:
+        logger.warning("segment %s is registered anew: %s", self.segment.segment_id.hex(), why)
+        self._registered.clear()
+        self._number = 0
+        self._begin_incarnation()
+        self._state = State.WAITING
+
+    def _begin_incarnation(self) -> None:
+        self.segment.begin_incarnation()
+        self._is_ahead = True
+        self._client.mappings.adopt(self.segment)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        if not self._number or not self._background.term:
+            self._drained.set()  # no server knows it: nothing to wait for
+        elif self._state is not State.DRAINING:
+            self._state = State.DRAINING
+            number = self._number
+            self._background.request(
+                lambda id_, session, term: protocol.DrainSegment(id_, session, term, number), self._on_drained
+            )
+
+    def _on_drained(self, reply: AnyReply | None) -> None:
+        if reply is None:  # the last lease may take its time: ask again, which is harmless
+            self._state = State.SERVING
+        else:
+            self._drained.set()

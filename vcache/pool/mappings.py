@@ -1,0 +1,203 @@
+"""The segments this process has mapped, by (segment id, incarnation): never by address, which the next segment may get too.
+
+A mapping is opened when first used (or ahead of use), and closed when its segment is gone and the last user is done: never
+under a running copy. A segment of this very process is used where it is, by its local pointer.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable
+from typing import Final
+
+from vcache.errors import VCacheError
+from vcache.failures import FailureLog
+from vcache.memory.base import Memory
+from vcache.memory.host import HostMemory
+from vcache.pool.runtime_dir import RuntimeDir
+from vcache.pool.segment import Segment
+from vcache.protocol import SegmentInfo, Tier
+
+logger = logging.getLogger(__name__)
+
+Identity = tuple[bytes, int]
+_STOP: Final = None
+
+
+class Use:
+    """A segment in use: it stays mapped until ``release``. Not thread-safe."""
+
+    __slots__ = ("_entry", "_mappings", "segment")
+
+    def __init__(self, mappings: Mappings, entry: _Entry) -> None:
+        self._mappings = mappings
+        self._entry: _Entry | None = entry
+        self.segment = entry.segment
+
+    def release(self) -> None:
+        """Harmless when called twice."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._mappings._done(entry)
+
+
+class _Entry:
+    __slots__ = ("dropped", "is_local", "segment", "unlisted_since", "users")
+
+    def __init__(self, segment: Segment, *, is_local: bool) -> None:
+        self.segment = segment
+        self.is_local = is_local
+        self.users = 0
+        self.dropped = False
+        self.unlisted_since: float | None = None
+
+
+class Mappings:
+    """Thread-safe. ``close`` when the client closes."""
+
+    def __init__(self, runtime: RuntimeDir, *, host: bytes) -> None:
+        self._runtime = runtime
+        self._host = host
+        self._changed = threading.Condition()
+        self._entries: dict[Identity, _Entry] = {}
+        self._failures = FailureLog(logger)
+        self._closed = False
+        self._work: queue.SimpleQueue[SegmentInfo | Memory | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+
+    def use(self, info: SegmentInfo) -> Use | None:
+        """The segment, mapped until the answer is released; ``None`` when it is another host's or cannot be mapped."""
+        if info.host != self._host:
+            return None
+        with self._changed:
+            entry = self._entries.get((info.segment_id, info.incarnation)) or self._open(info)
+            if entry is None:
+                return None
+            entry.users += 1
+            return Use(self, entry)
+
+    def map_ahead(self, infos: Iterable[SegmentInfo]) -> None:
+        """Maps this host's segments among these in a thread of its own, before their first use."""
+        for info in infos:
+            if info.host == self._host:
+                self._hand_over(info)
+
+    def adopt(self, segment: Segment) -> None:
+        """A segment of this process, under its present incarnation. Its donor goes on owning it."""
+        with self._changed:
+            self._entries[segment.segment_id, segment.incarnation] = _Entry(segment, is_local=True)
+
+    def give_up(self, segment: Segment, timeout_s: float) -> bool:
+        """Forgets every incarnation of a segment of this process; whether all its users were done in time."""
+        with self._changed:
+            mine = [key for key, entry in self._entries.items() if entry.segment is segment]
+            entries = [self._entries.pop(key) for key in mine]
+            return self._changed.wait_for(lambda: not any(entry.users for entry in entries), timeout=timeout_s)
+
+    def drop(self, identity: Identity) -> None:
+        """The segment is gone: unmapped at once, or when its last user is done."""
+        with self._changed:
+            entry = self._entries.get(identity)
+            if entry is not None and not entry.is_local:
+                self._drop(identity, entry)
+
+    def drop_unlisted(self, listed: Iterable[Identity], now: float, grace_s: float) -> list[Identity]:
+        """Drops what the server has not listed for ``grace_s``: its donor died while the server was away."""
+        dropped = []
+        with self._changed:
+            known = set(listed)
+            for identity, entry in list(self._entries.items()):
+                if identity in known or entry.is_local:
+                    entry.unlisted_since = None
+                elif entry.unlisted_since is None:
+                    entry.unlisted_since = now
+                elif now - entry.unlisted_since > grace_s:
+                    self._drop(identity, entry)
+                    dropped.append(identity)
+        return dropped
+
+    def mapped(self) -> list[Identity]:
+        """What is mapped now, this process's own segments among it."""
+        with self._changed:
+            return list(self._entries)
+
+    def close(self) -> None:
+        """Unmaps everything that is not in use; the rest when its users are done. Nothing is mapped afterwards."""
+        with self._changed:
+            self._closed = True
+            for identity, entry in list(self._entries.items()):
+                if not entry.is_local:
+                    self._drop(identity, entry)
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            self._work.put(_STOP)
+            worker.join()
+
+    # --- with the lock held ---------------------------------------------------------------------------------------
+
+    def _open(self, info: SegmentInfo) -> _Entry | None:
+        if self._closed:
+            return None
+        try:
+            memory = _open_memory(self._runtime, info)
+        except (OSError, VCacheError) as error:
+            self._failures.record(f"map segment of {info.device}", error)
+            return None
+        try:
+            segment = Segment.open(memory, info.segment_id, info.incarnation)
+        except VCacheError as error:
+            memory.close()
+            self._failures.record(f"map segment of {info.device}", error)
+            return None
+        logger.info("mapped segment %s incarnation %d (%s)", info.segment_id.hex(), info.incarnation, info.device)
+        entry = self._entries[info.segment_id, info.incarnation] = _Entry(segment, is_local=False)
+        self._hand_over(memory)
+        return entry
+
+    def _drop(self, identity: Identity, entry: _Entry) -> None:
+        del self._entries[identity]
+        entry.dropped = True
+        if not entry.users:
+            self._unmap(entry)
+
+    def _unmap(self, entry: _Entry) -> None:
+        logger.info("unmapping segment %s incarnation %d", entry.segment.segment_id.hex(), entry.segment.incarnation)
+        entry.segment.close()
+
+    def _done(self, entry: _Entry) -> None:
+        with self._changed:
+            entry.users -= 1
+            if not entry.users:
+                self._changed.notify_all()
+                if entry.dropped:
+                    self._unmap(entry)
+
+    # --- the thread that maps ahead and makes pages present -------------------------------------------------------
+
+    def _hand_over(self, work: SegmentInfo | Memory) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._run, name="vcache-mappings", daemon=True)
+                self._worker.start()
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not _STOP:
+            if isinstance(work, HostMemory):
+                work.populate()
+            elif isinstance(work, SegmentInfo):
+                use = self.use(work)
+                if use is not None:
+                    use.release()
+
+
+def _open_memory(runtime: RuntimeDir, info: SegmentInfo) -> Memory:
+    if info.tier is Tier.DRAM:
+        return HostMemory.open(runtime, info.handle, info.nbytes, device=info.device)
+    from vcache.memory.cuda import CudaMemory  # loads torch, and needs CuPy
+
+    return CudaMemory.open(info.handle, info.nbytes, device=info.device)

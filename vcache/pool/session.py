@@ -1,0 +1,225 @@
+"""One client's session with the metadata server: its term, the segments it was told of, and what it still holds.
+
+What a client says it holds is *evidence*: a restarted server gives those extents to nobody, and takes back what is not
+named. So grants are taken, and told, under one lock: between the end of a term and the hello that opens the next, no grant
+of the old term is accepted, whenever its reply comes in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vcache.protocol import KEY_BYTES, Grants, Outcome, Placements, Reservation, Reserve, SegmentInfo, Welcome
+
+PLACEMENT_DTYPE: Final = np.dtype(
+    [("segment", "<u4"), ("record", "<u4"), ("generation", "<u8"), ("offset", "<u8"), ("nbytes", "<u8")]
+)
+PlacementArray = npt.NDArray[np.void]
+#: How many generations told by a heartbeat; the server grants a session no more than this.
+MAX_OUTSTANDING: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """A leased run. ``infos`` tells the segments that ``placements`` (``PLACEMENT_DTYPE``) number, whatever the term is later.
+
+    A number that is not in it cannot be mapped.
+    """
+
+    lease: int
+    placements: PlacementArray
+    infos: dict[int, SegmentInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """An ``Outcome`` byte per key, a placement for each granted one, in order; ``infos`` as in ``Acquired``."""
+
+    outcomes: bytes
+    placements: PlacementArray
+    infos: dict[int, SegmentInfo]
+
+
+@dataclass(slots=True)
+class _Held:
+    """What this client has been granted and not given back. ``untold``: committed in memory, the server does not know."""
+
+    outstanding: dict[int, Reservation] = field(default_factory=dict)
+    untold: set[int] = field(default_factory=set)
+    leases: set[int] = field(default_factory=set)
+    seen: int = 0
+
+
+class Session:
+    """Thread-safe; never waits. ``term`` is 0 while there is no session."""
+
+    def __init__(self, session_id: bytes) -> None:
+        self.id = session_id
+        self.term = 0
+        #: Counts hellos answered, so that an error about an earlier session ends no later one.
+        self.epoch = 0
+        self._lock = threading.Lock()
+        self._last_term = 0
+        self._infos: dict[int, SegmentInfo] = {}
+        self._held = _Held()
+
+    # --- the session comes and goes -------------------------------------------------------------------------------
+
+    def end(self, epoch: int) -> bool:
+        """The server knows the session of this epoch no more; false when a later one is open already."""
+        with self._lock:
+            if not self.term or epoch != self.epoch:
+                return False
+            self.term = 0
+            self._infos = {}
+            self._held.leases.clear()
+            return True
+
+    def outstanding(self) -> list[Reservation]:
+        """For a hello. To be asked while there is no session: then nothing is added to it."""
+        with self._lock:
+            assert not self.term, "a hello renews a session that has ended"
+            return list(self._held.outstanding.values())
+
+    def open(self, welcome: Welcome) -> None:
+        """The server's answer to the hello."""
+        with self._lock:
+            if welcome.term != self._last_term:
+                self._held.seen = 0
+            self._last_term = welcome.term
+            self._infos = {info.number: info for info in welcome.segments}
+            self.epoch += 1
+            self.term = welcome.term
+
+    # --- segments -------------------------------------------------------------------------------------------------
+
+    def info(self, number: int) -> SegmentInfo | None:
+        return self._infos.get(number)
+
+    def infos(self) -> list[SegmentInfo]:
+        with self._lock:
+            return list(self._infos.values())
+
+    def learn(self, term: int, infos: Sequence[SegmentInfo]) -> None:
+        with self._lock:
+            if term == self.term:
+                self._learn(infos)
+
+    def forget(self, number: int) -> SegmentInfo | None:
+        with self._lock:
+            return self._infos.pop(number, None)
+
+    # --- leases ---------------------------------------------------------------------------------------------------
+
+    def leased(self, term: int, lease: int) -> bool:
+        """Whether the lease is of the present term; one of another term is none."""
+        with self._lock:
+            if not term or term != self.term:
+                return False
+            if lease:
+                self._held.leases.add(lease)
+            return True
+
+    def acquired(self, reply: Placements) -> Acquired | None:
+        """``None`` when the reply is of another term."""
+        with self._lock:
+            if not reply.term or reply.term != self.term:
+                return None
+            if reply.lease:
+                self._held.leases.add(reply.lease)
+            self._learn(reply.segments)
+            placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
+            return Acquired(reply.lease, placements, self._named(placements))
+
+    def released(self, lease: int) -> bool:
+        """Whether it was held in this term, and so is to be given back."""
+        with self._lock:
+            if lease not in self._held.leases:
+                return False
+            self._held.leases.discard(lease)
+            return True
+
+    # --- grants and evidence --------------------------------------------------------------------------------------
+
+    def granted(self, request: Reserve, reply: Grants) -> Granted | None:
+        """Takes the grants: they are outstanding from here on. ``None`` when the reply is of another term."""
+        placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
+        with self._lock:
+            self._saw(reply.term, placements)
+            if not reply.term or reply.term != self.term:
+                return None
+            self._learn(reply.segments)
+            infos = self._named(placements)
+            at = [index for index, outcome in enumerate(reply.outcomes) if outcome == Outcome.GRANTED]
+            for index, row in zip(at, placements.tolist(), strict=True):
+                number, record, generation, offset, nbytes = row
+                if number not in infos:
+                    continue  # nobody can write there: its caller gives it back
+                start = index * KEY_BYTES
+                self._held.outstanding[generation] = Reservation(
+                    segment_id=infos[number].segment_id,
+                    incarnation=infos[number].incarnation,
+                    record=record,
+                    generation=generation,
+                    key=request.keys[start : start + KEY_BYTES],
+                    parent=request.keys[start - KEY_BYTES : start] if index else request.parent,
+                    rank=request.rank,
+                    ranks=request.ranks,
+                    tenant=request.tenant,
+                    offset=offset,
+                    nbytes=nbytes,
+                    tokens=request.tokens,
+                    ttl_s=request.ttl_s,
+                )
+            return Granted(reply.outcomes, placements, infos)
+
+    def unwanted(self, reply: Grants) -> list[int]:
+        """A reply that nobody waits for any more: nothing of it was touched. What to abort of it at once."""
+        placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
+        with self._lock:
+            self._saw(reply.term, placements)
+            return placements["generation"].tolist() if reply.term == self.term else []
+
+    def committed(self, generations: Iterable[int]) -> None:
+        """Their records are committed in memory; they stay outstanding until the server was told."""
+        with self._lock:
+            self._held.untold.update(self._held.outstanding.keys() & set(generations))
+
+    def settled(self, generations: Iterable[int]) -> None:
+        """Their writer has stopped, and the server was told so or will find them missing from what is outstanding."""
+        with self._lock:
+            for generation in generations:
+                self._held.outstanding.pop(generation, None)
+                self._held.untold.discard(generation)
+
+    def untold(self) -> list[int]:
+        """Generations committed in memory that the server is still to be told of."""
+        with self._lock:
+            return list(self._held.untold)
+
+    def evidence(self) -> tuple[int, list[int]]:
+        """(highest generation seen in this term, generations outstanding), for a heartbeat."""
+        with self._lock:
+            return self._held.seen, list(self._held.outstanding)
+
+    @property
+    def holds_grants(self) -> bool:
+        return bool(self._held.outstanding)
+
+    def _saw(self, term: int, placements: PlacementArray) -> None:
+        if term == self._last_term and len(placements):
+            self._held.seen = max(self._held.seen, int(placements["generation"].max()))
+
+    def _learn(self, infos: Sequence[SegmentInfo]) -> None:
+        for info in infos:
+            self._infos[info.number] = info
+
+    def _named(self, placements: PlacementArray) -> dict[int, SegmentInfo]:
+        numbers = set(placements["segment"].tolist())
+        return {number: info for number in numbers if (info := self._infos.get(number)) is not None}

@@ -1,0 +1,233 @@
+"""The write path: reserve, mark the records, copy the payloads, commit the records, tell the server. In this order.
+
+Each step is a method of its own, so that tests can stop a writer between any two. Whatever happens, a writer touches only the
+records and extents it was granted, and gives them back only once it touches them no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vcache.keys import ChunkKey
+from vcache.log import KeyText
+from vcache.memory.base import WordArray
+from vcache.pool.client import PLACEMENT_DTYPE, Granted, PlacementArray, PoolClient
+from vcache.pool.mappings import Use
+from vcache.pool.records import RunFields, key_words, pack
+from vcache.pool.segment import Segment
+from vcache.protocol import KEY_BYTES, Outcome
+
+if TYPE_CHECKING:
+    from vcache.paged_kv import PagedKV
+
+logger = logging.getLogger(__name__)
+
+Int64Array = npt.NDArray[np.int64]
+#: Copies the chunks with these indices in ``granted`` to the payloads at ``offsets`` of a segment.
+CopyIn = Callable[[Segment, Int64Array, Int64Array], None]
+
+
+def begin_write(
+    client: PoolClient,
+    keys: Sequence[ChunkKey],
+    *,
+    parent: bytes,
+    rank: int,
+    ranks: int,
+    nbytes: int,
+    tokens: int,
+    tenant: int,
+    ttl_s: int = 0,
+    pin_s: float = 0.0,
+) -> PendingWrite:
+    """Reserves space for those of ``keys`` that the pool has not, and marks their records. One round trip.
+
+    ``parent``: the key before the first (empty: none); ``nbytes``: of each payload; ``tokens``: of each chunk. Never raises
+    because something is unavailable: nothing is granted then. The answer must be completed or aborted.
+    """
+    write = PendingWrite(client, keys, parent, RunFields(tenant, rank, ranks, tokens, ttl_s), nbytes)
+    if keys:
+        write.reserve(pin_s)
+        try:
+            write.mark()
+        except BaseException:
+            write.abort()
+            raise
+    return write
+
+
+class PendingWrite:
+    """Granted chunks, on their way into the pool. Copy them, then ``complete``. Not thread-safe.
+
+    ``outcomes``: an ``Outcome`` per key (empty: the server is unavailable); ``granted``: int64 indices of the keys that are
+    being written.
+    """
+
+    def __init__(
+        self, client: PoolClient, keys: Sequence[ChunkKey], parent: bytes, run: RunFields, nbytes: int
+    ) -> None:
+        self.outcomes: list[Outcome] = []
+        self.granted: Int64Array = np.empty(0, dtype=np.int64)
+        self.placements: PlacementArray = np.empty(0, dtype=PLACEMENT_DTYPE)
+        self.nbytes = nbytes
+        self._client = client
+        self._keys = keys
+        self._parent = parent
+        self._run = run
+        self._uses: dict[int, Use] = {}
+        self._copied = False
+        self._committed: list[int] = []
+        self._stored: int | None = None
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Those that are written to. Mapped until ``complete`` or ``abort``."""
+        return [use.segment for use in self._uses.values()]
+
+    # --- the steps ------------------------------------------------------------------------------------------------
+
+    def reserve(self, pin_s: float) -> None:
+        """Asks the server for space. What it grants in segments that cannot be mapped here is given back at once."""
+        run = self._run
+        granted = self._client.reserve(
+            b"".join(self._keys),
+            parent=self._parent,
+            rank=run.rank,
+            ranks=run.ranks,
+            nbytes=self.nbytes,
+            tokens=run.tokens,
+            tenant=run.tenant,
+            ttl_s=run.ttl_s,
+            pin_s=pin_s,
+        )
+        if granted is not None:
+            self._map(granted)
+
+    def mark(self) -> None:
+        """Says in memory that a writer is at each record; gives back those that are not free."""
+        rows = self._rows()
+        marked = np.zeros(len(rows), dtype=np.bool_)
+        for index, (number, record, *_) in enumerate(self.placements.tolist()):
+            marked[index] = self._uses[number].segment.mark(record, rows[index])
+        self._give_back(~marked, "refused_marks")
+
+    def copy_from(self, kv: PagedKV, block_ids: Int64Array) -> None:
+        """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; on a GPU, enqueues it on the current stream.
+
+        Raises ``ValueError`` for bad block ids, or blocks of another size than was reserved; nothing is written then.
+        """
+        from vcache.transfer import gather  # loads torch
+
+        payload_bytes = kv.payload_bytes(block_ids.shape[1])
+        if payload_bytes != self.nbytes:
+            raise ValueError(f"block_ids: chunks of {payload_bytes} bytes, {self.nbytes} were reserved for each")
+        threads = self._client.config.transfer.threads
+        self.copy_with(
+            lambda segment, chunks, offsets: gather(kv, block_ids[chunks], segment.tensor, offsets, threads=threads)
+        )
+
+    def copy_with(self, copy_in: CopyIn) -> None:
+        """Copies by a function of the caller, called once per segment."""
+        for number, use in self._uses.items():
+            chunks = np.flatnonzero(self.placements["segment"] == number)
+            if chunks.size:
+                copy_in(use.segment, chunks, self.placements["offset"][chunks].astype(np.int64))
+        self._copied = True
+
+    def commit_records(self) -> None:
+        """Makes each payload valid, in memory."""
+        for use in self._uses.values():
+            use.segment.fence()
+        lost = np.zeros(len(self.placements), dtype=np.bool_)
+        for index, (number, record, generation, *_) in enumerate(self.placements.tolist()):
+            if self._uses[number].segment.commit(record, generation):
+                self._committed.append(generation)
+            else:
+                lost[index] = True
+        self._give_back(lost, "lost_writes")
+
+    def tell(self) -> None:
+        """Tells the server what is committed in memory. Does not wait."""
+        told, self._committed = self._committed, []
+        self._client.commit(told)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def complete(self) -> int:
+        """Commits what was copied and tells the server; how many chunks. After a copy that failed, or none, gives all back.
+
+        Waits for the copies. Calling it again is harmless.
+        """
+        if self._stored is None:
+            if not self._copied:
+                self.abort()
+                return 0
+            try:
+                self.commit_records()
+                self._stored = len(self._committed)
+                self.tell()
+            except BaseException:
+                self.abort()
+                raise
+            logger.debug("stored %s", KeyText([self._keys[index] for index in self.granted.tolist()]))
+            self._release()
+        return self._stored
+
+    def abort(self) -> None:
+        """Gives back what is not committed, once no copy of it is running. Harmless when called twice, or after ``complete``."""
+        if self._stored is None:
+            self._stored = len(self._committed)
+            for use in self._uses.values():
+                use.segment.fence()
+            kept = set(self._committed)
+            self.tell()
+            self._client.abort([item for item in self.placements["generation"].tolist() if item not in kept])
+            self._release()
+
+    def _release(self) -> None:
+        for use in self._uses.values():
+            use.release()
+
+    def _map(self, granted: Granted) -> None:
+        self.outcomes = [Outcome(outcome) for outcome in granted.outcomes]
+        self.granted = np.flatnonzero(np.frombuffer(granted.outcomes, dtype=np.uint8) == Outcome.GRANTED)
+        self.placements = granted.placements
+        for number, info in granted.infos.items():
+            use = self._client.use_segment(info)
+            if use is not None:
+                self._uses[number] = use
+        unmapped = np.zeros(len(self.placements), dtype=np.bool_)
+        for index, (number, _, _, offset, nbytes) in enumerate(self.placements.tolist()):
+            mapped = self._uses.get(number)
+            unmapped[index] = mapped is None or not mapped.segment.contains(offset, nbytes) or nbytes != self.nbytes
+        self._give_back(unmapped, "unmapped_grants")
+
+    def _give_back(self, which: npt.NDArray[np.bool_], counter: str) -> None:
+        if which.any():
+            for index in self.granted[which].tolist():
+                self.outcomes[index] = Outcome.DECLINED
+            self._client.count(counter, int(which.sum()))
+            self._client.abort(self.placements["generation"][which].tolist())
+            self.granted, self.placements = self.granted[~which], self.placements[~which]
+
+    def _rows(self) -> WordArray:
+        keys = key_words(b"".join(self._keys))
+        before = key_words((self._parent or bytes(KEY_BYTES)) + b"".join(self._keys[:-1]))
+        run = self._run
+        if run.ttl_s:
+            expires_s = int(time.time()) + run.ttl_s
+            run = RunFields(run.tenant, run.rank, run.ranks, run.tokens, run.ttl_s, expires_s)
+        return pack(
+            run,
+            keys=keys[self.granted],
+            parents=before[self.granted],
+            offsets=self.placements["offset"],
+            nbytes=self.placements["nbytes"],
+            generations=self.placements["generation"],
+        )

@@ -1,0 +1,185 @@
+"""The index: chunk keys to their entries, an entry's shards, and which chunks have children.
+
+An entry lives in exactly one of two dictionaries: ``whole`` (every rank's shard is there: a hit) or ``partial``. A lookup is
+then one dictionary access per key. Nothing here knows of leases, donors or space; placements are taken out by
+``catalog.py``, which also sees to it that their records are retired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from struct import Struct as Packer
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from vcache.protocol import KEY_BYTES, PLACEMENT
+
+if TYPE_CHECKING:
+    from vram_metadata_server.segments import Segment
+
+_GENERATION_AT: Final = 8
+_KEYS_AT_ONCE: Final = 512
+_unpackers: Final = [Packer(f"{KEY_BYTES}s" * count) for count in range(_KEYS_AT_ONCE + 1)]
+
+
+def split_keys(blob: bytes) -> Sequence[bytes]:
+    """The keys of a blob, in order. Raises ``ValueError`` when it is not a whole number of keys."""
+    count, rest = divmod(len(blob), KEY_BYTES)
+    if rest:
+        raise ValueError(f"keys: {len(blob)} bytes are not a whole number of {KEY_BYTES}-byte keys")
+    if count <= _KEYS_AT_ONCE:
+        return _unpackers[count].unpack(blob)
+    return [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+
+
+# A million of each of these two may be alive: no garbage-collector header (gc=False), and nothing that can be derived.
+# They refer to each other; taking a placement out of its entry breaks the circle.
+
+
+class Placement(msgspec.Struct, gc=False, eq=False):
+    """One committed copy of a shard. ``packed`` is what readers are sent (``protocol.PLACEMENT``)."""
+
+    entry: Entry
+    segment: Segment
+    rank: int
+    packed: bytes
+    next: Placement | None = None  # another copy of the same shard
+
+    @property
+    def record(self) -> int:
+        return int.from_bytes(self.packed[4:_GENERATION_AT], "little")
+
+    @property
+    def generation(self) -> int:
+        return int.from_bytes(self.packed[_GENERATION_AT : _GENERATION_AT + 8], "little")
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Offset and nbytes."""
+        _, _, _, offset, nbytes = PLACEMENT.unpack(self.packed)
+        return offset, nbytes
+
+
+class Entry(msgspec.Struct, gc=False, eq=False):
+    """A chunk: its shards by rank, each a chain of placements (``Placement.next``)."""
+
+    key: bytes
+    parent: bytes
+    tenant: int
+    shards: tuple[Placement | None, ...]
+    missing: int  # ranks without a placement; 0 = whole
+    children: int  # entries and live reservations whose parent this is; 0 = a leaf
+    holds: int = 0  # leases and pins: not a victim while there are any
+    touched: int = 0  # the eviction policy's notion of time
+
+    def placements(self) -> Iterator[Placement]:
+        for first in self.shards:
+            placement = first
+            while placement is not None:
+                following = placement.next  # the caller may take this one out
+                yield placement
+                placement = following
+
+
+class Index:
+    """All entries of the term."""
+
+    def __init__(self) -> None:
+        self.whole: dict[bytes, Entry] = {}
+        self.partial: dict[bytes, Entry] = {}
+        #: Children of chunks that have no entry (yet, or any more).
+        self.orphans: dict[bytes, int] = {}
+        #: Placements that are not the first of their shard; while 0, a shard has no choice to make.
+        self.copies = 0
+
+    def __len__(self) -> int:
+        return len(self.whole) + len(self.partial)
+
+    def get(self, key: bytes) -> Entry | None:
+        return self.whole.get(key) or self.partial.get(key)
+
+    def run(self, keys: Sequence[bytes]) -> list[Entry]:
+        """The entries of the leading run of whole chunks."""
+        found = list(map(self.whole.get, keys))
+        if not all(found):  # an entry is always true; comparing each with None would cost four times as much
+            for at, entry in enumerate(found):
+                if entry is None:
+                    del found[at:]
+                    break
+        return found  # type: ignore[return-value]  # the first None and what follows were cut off
+
+    def create(self, key: bytes, parent: bytes, tenant: int, ranks: int) -> Entry:
+        """A new entry without placements; the caller adds the first at once. It becomes its parent's child."""
+        above = self.get(parent)
+        if above is not None:
+            parent = above.key  # one object for all children
+        entry = Entry(key, parent, tenant, (None,) * ranks, ranks, self.orphans.pop(key, 0))
+        self.partial[key] = entry
+        self.add_child(parent)
+        return entry
+
+    def add(self, entry: Entry, segment: Segment, rank: int, packed: bytes) -> Placement:
+        """One more placement of the entry's shard of ``rank``."""
+        first = entry.shards[rank]
+        placement = Placement(entry, segment, rank, packed, first)
+        entry.shards = (*entry.shards[:rank], placement, *entry.shards[rank + 1 :])
+        if first is not None:
+            self.copies += 1
+            return placement
+        entry.missing -= 1
+        if entry.missing == 0:
+            self.whole[entry.key] = self.partial.pop(entry.key)
+        return placement
+
+    def discard(self, placement: Placement) -> Entry | None:
+        """Takes a placement out; with its last one the entry goes too. Answers the parent that thereby became a leaf."""
+        entry, rank = placement.entry, placement.rank
+        chain = [other for other in _chain(entry.shards[rank]) if other is not placement]
+        first: Placement | None = None
+        for other in reversed(chain):
+            other.next, first = first, other
+        placement.next = None
+        entry.shards = (*entry.shards[:rank], first, *entry.shards[rank + 1 :])
+        if first is not None:
+            self.copies -= 1
+            return None
+        if entry.missing == 0:
+            self.partial[entry.key] = self.whole.pop(entry.key)
+        entry.missing += 1
+        if entry.missing < len(entry.shards):
+            return None
+        del self.partial[entry.key]
+        if entry.children:
+            self.orphans[entry.key] = entry.children
+        return self.drop_child(entry.parent)
+
+    def add_child(self, parent: bytes) -> None:
+        if not parent:
+            return
+        above = self.get(parent)
+        if above is not None:
+            above.children += 1
+        else:
+            self.orphans[parent] = self.orphans.get(parent, 0) + 1
+
+    def drop_child(self, parent: bytes) -> Entry | None:
+        """One child less; answers the parent if it thereby became a leaf."""
+        if not parent:
+            return None
+        above = self.get(parent)
+        if above is not None:
+            above.children -= 1
+            return None if above.children else above
+        left = self.orphans[parent] - 1
+        if left:
+            self.orphans[parent] = left
+        else:
+            del self.orphans[parent]
+        return None
+
+
+def _chain(first: Placement | None) -> Iterator[Placement]:
+    while first is not None:
+        yield first
+        first = first.next

@@ -1,0 +1,60 @@
+"""What donors are told to do: level-triggered, pushed when it comes up and repeated with each heartbeat until it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from vcache.protocol import MAX_ITEMS_PER_PAGE, Orders, RetireItem
+from vram_metadata_server.catalog import Catalog
+from vram_metadata_server.members import Members, Session
+
+
+class OrderDesk:
+    """Makes the ``Orders`` of each donor."""
+
+    def __init__(self, catalog: Catalog, members: Members, term: int) -> None:
+        self._catalog = catalog
+        self._members = members
+        self._term = term
+
+    def reply(self, session: Session, request: int, attached: list[int]) -> Orders:
+        """All that the session has to do, as the answer to its heartbeat."""
+        segments = self._catalog.segments
+        room = MAX_ITEMS_PER_PAGE
+        retire: list[tuple[int, list[RetireItem]]] = []
+        probe: set[bytes] = set()
+        for number in session.segments:
+            segment = segments[number]
+            if segment.gate is not None:
+                probe |= segment.gate.waiting
+            pending = [RetireItem(item.record, item.generation) for item in islice(segment.retiring.values(), room)]
+            if pending:
+                retire.append((number, pending))
+                room -= len(pending)
+            if len(pending) == len(segment.retiring):
+                segment.unsent.clear()
+                self._catalog.to_order.pop(segment, None)
+        if session.segments:
+            probe |= self._members.suspects(session.host)
+        gone = [number for number in attached if number not in segments]
+        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE])
+
+    def pushes(self) -> Iterator[tuple[bytes, Orders]]:
+        """Orders that came up since they were last asked for."""
+        for segment in list(self._catalog.to_order):
+            page = segment.unsent[:MAX_ITEMS_PER_PAGE]
+            del segment.unsent[: len(page)]
+            if not segment.unsent:
+                del self._catalog.to_order[segment]
+            donor = self._members.get(segment.donor)
+            if donor is not None and page:
+                yield donor.route, Orders(0, self._term, [], [(segment.number, page)], [])
+
+    def probes(self, host: bytes) -> Iterator[tuple[bytes, Orders]]:
+        """Asks the donors of a host to prove its suspects dead, without waiting for their heartbeats."""
+        suspects = sorted(self._members.suspects(host))[:MAX_ITEMS_PER_PAGE]
+        if suspects:
+            for session in self._members:
+                if session.host == host and session.segments and not session.is_silent:
+                    yield session.route, Orders(0, self._term, [], [], suspects)

@@ -1,0 +1,119 @@
+"""Lookups and acquires: the leading run of hits, leases on it, and what readers say afterwards.
+
+The hottest path of the server: per key of a run one dictionary access, one touch, and for an acquire one hold and one
+append. Steps of the protocol's model (``tests/model``): *acquire*, *reader reports*.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vcache import protocol
+from vram_metadata_server.catalog import Catalog, key_text
+from vram_metadata_server.index import Entry, Placement, split_keys
+from vram_metadata_server.leases import LeaseTable
+from vram_metadata_server.members import Session
+from vram_metadata_server.pins import PinTable
+from vram_metadata_server.placement import nearest
+from vram_metadata_server.tombstones import Tombstones
+
+log = logging.getLogger(__name__)
+
+
+class Reads:
+    """What readers ask for. Calls raise ``ValueError`` on keys that are none."""
+
+    def __init__(self, catalog: Catalog, tombstones: Tombstones, leases: LeaseTable, pins: PinTable) -> None:
+        self._catalog = catalog
+        self._index = catalog.index
+        self._counters = catalog.counters
+        self._tombstones = tombstones
+        self._leases = leases
+        self._pins = pins
+
+    def lookup(self, session: Session, request: protocol.Lookup) -> tuple[int, int]:
+        """The length of the leading run, and the lease on it (0: none was asked for or given)."""
+        run = self._run(request.keys)
+        if not run or not request.lease_s:
+            return len(run), 0
+        return len(run), self._lease(session, run, b"", request.lease_s)
+
+    def acquire(self, session: Session, request: protocol.Acquire) -> tuple[int, bytes]:
+        """The lease on the leading run, and a placement of the rank's shard of each of its chunks."""
+        run = self._run(request.keys)
+        rank = request.rank
+        if run and rank >= len(run[0].shards):
+            return 0, b""
+        if self._index.copies:
+            packed = b"".join([nearest(entry.shards[rank], session).packed for entry in run])  # type: ignore[arg-type]
+        else:
+            packed = b"".join([entry.shards[rank].packed for entry in run])  # type: ignore[union-attr]
+        lease = self._lease(session, run, packed, request.lease_s) if run else 0
+        if not lease:
+            return 0, b""
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("acquire %s..%s for %s", key_text(run[0].key), key_text(run[-1].key), session.name)
+        return lease, packed
+
+    def _run(self, blob: bytes) -> list[Entry]:
+        keys = split_keys(blob)
+        if len(self._tombstones):
+            self._bury(keys)
+        run = self._index.run(keys)
+        counters = self._counters
+        counters["lookups"] += 1
+        counters["lookup_keys"] += len(keys)
+        counters["hit_keys"] += len(run)
+        self._catalog.policy.touch(run)
+        return run
+
+    def _bury(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            entry = self._index.get(key)
+            if entry is None:
+                return
+            self._tombstones.bury(entry)
+
+    def _lease(self, session: Session, run: list[Entry], packed: bytes, lease_s: float) -> int:
+        longest = self._catalog.settings.max_lease_s
+        deadline = self._catalog.now + (min(lease_s, longest) if lease_s else longest)
+        lease = self._leases.grant(session.id, run, packed, deadline)
+        self._counters["leases" if lease else "leases_refused"] += 1
+        return lease
+
+    def release(self, session: Session, request: protocol.Release) -> None:
+        """Ends the lease. *reader reports*: placements whose record did not validate are dropped and retired."""
+        lease = self._leases.release(session.id, request.lease)
+        if lease is None:
+            return
+        for at in request.invalid:
+            said = lease.placement(at)
+            if said is None:
+                continue
+            number, record, generation = said
+            segment = self._catalog.segments.get(number)
+            holder = segment.holder(record) if segment is not None else None
+            if isinstance(holder, Placement) and holder.generation == generation:
+                log.warning("%s did not validate: dropped", key_text(holder.entry.key))
+                self._counters["validation_failures"] += 1
+                self._catalog.retire_placement(holder)
+
+    def touch(self, request: protocol.Touch) -> None:
+        """Counts as a use of the keys that are there."""
+        found = map(self._index.get, split_keys(request.keys))
+        self._catalog.policy.touch([entry for entry in found if entry is not None])
+
+    def pin(self, request: protocol.Pin) -> int:
+        """Pins the keys that are there; answers how many."""
+        keys = split_keys(request.keys)
+        if len(self._tombstones):
+            for key in keys:
+                self._bury((key,))
+        deadline = self._catalog.now + request.pin_s
+        entries = map(self._index.whole.get, keys)
+        return sum(entry is not None and self._pins.pin(entry, deadline) for entry in entries)
+
+    def unpin(self, request: protocol.Unpin) -> int:
+        """Ends pins; answers how many there were."""
+        return sum(map(self._pins.unpin, split_keys(request.keys)))

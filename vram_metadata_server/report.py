@@ -1,0 +1,122 @@
+"""What the state machine tells of itself: statistics for operators, and its integrity for tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from vcache.protocol import SegmentStats, ServerStats
+from vram_metadata_server.index import Entry, Placement
+from vram_metadata_server.segments import Segment
+
+if TYPE_CHECKING:
+    from vram_metadata_server.service import Service
+
+
+def server_stats(service: Service, request: int, uptime_s: float) -> ServerStats:
+    """The answer to ``Stats``."""
+    catalog = service.catalog
+    return ServerStats(
+        id=request,
+        term=service.term,
+        uptime_s=uptime_s,
+        entries=len(catalog.index),
+        leases=len(service.leases),
+        reservations=len(catalog.reservations),
+        pins=len(service.pins),
+        sessions=len(service.members),
+        segments=[_segment_stats(segment) for segment in catalog.segments.values()],
+        counters=dict(service.counters),
+    )
+
+
+def _segment_stats(segment: Segment) -> SegmentStats:
+    space = segment.space
+    return SegmentStats(
+        number=segment.number,
+        segment_id=segment.info.segment_id.hex(),
+        label=segment.info.label,
+        device=segment.info.device,
+        tier=segment.info.tier.name.lower(),
+        state=segment.state.value,
+        total_bytes=space.total_bytes if space is not None else segment.data_bytes,
+        used_bytes=segment.used_bytes,
+        free_bytes=space.free_bytes if space is not None else 0,
+        largest_free_bytes=space.largest_free_bytes if space is not None else 0,
+        retiring_bytes=segment.retiring_bytes,
+        records=segment.record_count,
+        records_used=segment.records_used,
+    )
+
+
+def check_integrity(service: Service) -> None:
+    """Raises ``AssertionError`` where the state contradicts itself."""
+    catalog = service.catalog
+    index = catalog.index
+    for segment in catalog.segments.values():
+        segment.check_integrity()
+        _check_records(service, segment)
+    catalog.reservations.check_integrity()
+    service.leases.check_integrity(catalog.now)
+    service.pins.check_integrity(catalog.now)
+    _check_entries(service)
+    _check_children(service)
+    holds: Counter[int] = Counter()
+    for lease in service.leases:
+        holds.update(id(entry) for entry in lease.run)
+    holds.update(id(entry) for entry in service.pins.held())
+    for entry in [*index.whole.values(), *index.partial.values()]:
+        assert entry.holds == holds[id(entry)], "an entry's holds are not its leases and pins"
+
+
+def _check_records(service: Service, segment: Segment) -> None:
+    """Every committed record is indexed or being retired."""
+    catalog = service.catalog
+    for record, holder in enumerate(segment.records):
+        if isinstance(holder, Placement):
+            assert holder.segment is segment and holder.record == record
+            assert any(other is holder for other in holder.entry.placements()), "a record's placement is not indexed"
+            assert catalog.index.get(holder.entry.key) is holder.entry
+    for item in segment.retiring.values():
+        assert any(other is item for other in catalog.retiring[item.key])
+    for reservation in catalog.reservations:
+        if reservation.segment is segment:
+            assert segment.holder(reservation.record) is reservation
+
+
+def _check_entries(service: Service) -> None:
+    index = service.catalog.index
+    copies = 0
+    for table, is_whole in ((index.whole, True), (index.partial, False)):
+        for key, entry in table.items():
+            assert entry.key == key
+            missing = sum(first is None for first in entry.shards)
+            assert entry.missing == missing and (missing == 0) is is_whole
+            assert missing < len(entry.shards), "an entry without a placement"
+            assert is_whole or key in service.catalog.incomplete, "an incomplete chunk without a deadline"
+            copies += sum(placement.next is not None for placement in entry.placements())
+            _check_placements(entry)
+    assert copies == index.copies
+
+
+def _check_placements(entry: Entry) -> None:
+    for rank, first in enumerate(entry.shards):
+        placement = first
+        while placement is not None:
+            assert placement.entry is entry and placement.rank == rank
+            assert placement.segment.holder(placement.record) is placement
+            placement = placement.next
+
+
+def _check_children(service: Service) -> None:
+    index = service.catalog.index
+    children: Counter[bytes] = Counter()
+    for entry in [*index.whole.values(), *index.partial.values()]:
+        children[entry.parent] += 1
+    for reservation in service.catalog.reservations:
+        if reservation.live:
+            children[reservation.parent] += 1
+    del children[b""]
+    for entry in [*index.whole.values(), *index.partial.values()]:
+        assert entry.children == children.pop(entry.key, 0), "an entry's count of children is wrong"
+    assert dict(children) == index.orphans

@@ -1,0 +1,178 @@
+"""A segment as the server knows it: its records, its free space, what its donor has yet to retire, and its gate.
+
+Every record that is not free is held by a placement, a reservation or a pending retire, and so is the record's extent. Not
+here: when any of these come and go (``catalog.py``), and how a registered segment is rebuilt (``handover.py``).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from vcache.protocol import RetireItem, SegmentInfo
+from vram_metadata_server.allocator import ExtentAllocator, round_up
+from vram_metadata_server.index import Placement
+from vram_metadata_server.reservations import Reservation
+
+if TYPE_CHECKING:
+    from vram_metadata_server.removal import Removal
+
+MAX_RECORDS: Final = 1 << 20
+
+
+class SegmentState(Enum):
+    """Where a segment is in its life. Its entries are hits in ``GATED`` and ``SERVING``; only ``SERVING`` grants."""
+
+    GATED = "gated"
+    SERVING = "serving"
+    DRAINING = "draining"
+    DROPPED = "dropped"
+
+
+class Retiring(msgspec.Struct, gc=False, eq=False):
+    """A record that its donor has been asked to retire in memory; record and extent are free when it says so."""
+
+    segment: Segment
+    record: int
+    generation: int
+    key: bytes
+    tenant: int
+    offset: int
+    nbytes: int
+    waiters: list[Removal]
+
+
+Holder = Placement | Reservation | Retiring
+
+
+class Gate:
+    """Why a segment grants nothing yet: the handover is not over, or writers of earlier terms have not been heard of."""
+
+    def __init__(self, waiting: set[bytes]) -> None:
+        self.handed_over = False
+        self.waiting = waiting  # sessions: attached writers without a hello in this term, not proven dead
+        self.removals: list[Removal] = []  # to be answered only after the handover: it may bring what they remove
+
+    @property
+    def is_open(self) -> bool:
+        return self.handed_over and not self.waiting
+
+    def settle_removals(self) -> None:
+        """The handover is over, or will never be."""
+        removals, self.removals = self.removals, []
+        for removal in removals:
+            removal.settle()
+
+
+class Segment:
+    """One incarnation of a segment in one term."""
+
+    def __init__(
+        self, info: SegmentInfo, *, donor: bytes, data_offset: int, record_count: int, waiting: set[bytes]
+    ) -> None:
+        self.info = info
+        self.number = info.number
+        self.donor = donor
+        self.data_offset = data_offset
+        self.record_count = record_count
+        self.state = SegmentState.GATED
+        self.gate: Gate | None = Gate(waiting)
+        self.space: ExtentAllocator | None = None  # made when the gate opens
+        self.records: list[Holder | None] = []  # grows with the highest record in use
+        self._free_records: list[int] = []
+        self.records_used = 0
+        self.retiring: dict[int, Retiring] = {}
+        self.retiring_bytes = 0
+        self.unsent: list[RetireItem] = []  # of ``retiring``: not yet ordered
+
+    @property
+    def is_readable(self) -> bool:
+        return self.state in (SegmentState.GATED, SegmentState.SERVING)
+
+    @property
+    def data_bytes(self) -> int:
+        return max(0, self.info.nbytes - self.data_offset)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of placements and reservations. What is being retired is on its way out and does not count."""
+        return self.space.total_bytes - self.space.free_bytes - self.retiring_bytes if self.space is not None else 0
+
+    @property
+    def kept_records(self) -> int:
+        """Records of placements and reservations."""
+        return self.records_used - len(self.retiring)
+
+    def holder(self, record: int) -> Holder | None:
+        return self.records[record] if record < len(self.records) else None
+
+    def allocate(self, nbytes: int) -> tuple[int, int] | None:
+        """A record and an offset, taken; None when there is no record or no extent. The caller sets the holder."""
+        if self.space is None or not (self._free_records or len(self.records) < self.record_count):
+            return None
+        offset = self.space.allocate(nbytes)
+        if offset is None:
+            return None
+        if self._free_records:
+            record = self._free_records.pop()
+        else:
+            record = len(self.records)
+            self.records.append(None)
+        self.records_used += 1
+        return record, offset
+
+    def occupy(self, record: int, holder: Holder) -> None:
+        """Takes a record that memory or a writer says is in use, while the gate is closed."""
+        assert self.space is None, "the allocator was already built"
+        if record >= len(self.records):
+            self.records.extend([None] * (record + 1 - len(self.records)))
+        if self.records[record] is None:
+            self.records_used += 1
+        self.records[record] = holder
+
+    def retire(self, item: Retiring) -> None:
+        """The record's holder is gone; the donor is to retire it."""
+        self.records[item.record] = item
+        self.retiring[item.record] = item
+        self.retiring_bytes += round_up(item.nbytes)
+        self.unsent.append(RetireItem(item.record, item.generation))
+
+    def retired(self, item: Retiring) -> None:
+        """The donor has retired it: record and extent are free."""
+        del self.retiring[item.record]
+        self.retiring_bytes -= round_up(item.nbytes)
+        self.records[item.record] = None
+        self.records_used -= 1
+        if self.space is not None:
+            self.space.free(item.offset, item.nbytes)
+            self._free_records.append(item.record)
+
+    def open(self) -> None:
+        """Opens the gate: from here on it grants. Raises ``OverlapError`` when extents in use share bytes."""
+        used = [extent_of(holder) for holder in self.records if holder is not None]
+        self.space = ExtentAllocator.around(self.data_offset, self.info.nbytes, used)
+        self._free_records = [record for record, holder in enumerate(self.records) if holder is None][::-1]
+        self.gate = None
+        self.state = SegmentState.SERVING
+
+    def check_integrity(self) -> None:
+        """Raises ``AssertionError`` unless records, extents and counts agree and no two extents overlap."""
+        if not self.is_readable:
+            return  # nothing in it is ever granted again
+        held = [holder for holder in self.records if holder is not None]
+        assert len(held) == self.records_used
+        assert {item.record: item for item in held if isinstance(item, Retiring)} == self.retiring
+        assert sum(round_up(item.nbytes) for item in self.retiring.values()) == self.retiring_bytes
+        if self.space is None:
+            return
+        self.space.check_integrity()
+        expected = ExtentAllocator.around(self.data_offset, self.info.nbytes, map(extent_of, held))
+        assert expected.free_extents() == self.space.free_extents()
+        assert sorted(self._free_records) == [at for at, holder in enumerate(self.records) if holder is None]
+
+
+def extent_of(holder: Holder) -> tuple[int, int]:
+    """Offset and nbytes of a record's extent."""
+    return holder.extent if isinstance(holder, Placement) else (holder.offset, holder.nbytes)

@@ -1,0 +1,271 @@
+"""A write from reserve to the evidence that its writer has stopped (DESIGN, rule 4).
+
+Steps of the protocol's model (``tests/model``) by name: *reserve*, *commit told*, *commit refused*, *abort told*, *reservation
+expires* (time frees the key, nothing else), *heartbeat settles*, *writer proven dead*. Each kind of evidence ends in
+``settle``: the donor is ordered to retire the record, and only then are record and extent free.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from vcache import protocol
+from vcache.protocol import PLACEMENT, Outcome
+from vram_metadata_server.catalog import Catalog, key_text
+from vram_metadata_server.index import Entry, split_keys
+from vram_metadata_server.members import Session
+from vram_metadata_server.pins import PinTable
+from vram_metadata_server.placement import segments_for_write
+from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, Reservation
+from vram_metadata_server.segments import Retiring, Segment, SegmentState
+from vram_metadata_server.tombstones import Tombstones
+
+log = logging.getLogger(__name__)
+
+_TERM_BITS: Final = 20
+
+
+class Writes:
+    """Grants, commits and evidence. Generations begin at the term and never repeat."""
+
+    def __init__(self, catalog: Catalog, tombstones: Tombstones, pins: PinTable, term: int) -> None:
+        self._catalog = catalog
+        self._tombstones = tombstones
+        self._pins = pins
+        self._first_generation = term << _TERM_BITS
+        self.next_generation = self._first_generation + 2
+
+    def saw_generation(self, generation: int) -> None:
+        """Memory or a writer knows this generation: it is never issued again."""
+        if generation >= self.next_generation:
+            self.next_generation = (generation + 3) & ~1
+
+    # --- reserve --------------------------------------------------------------------------------------------------
+
+    def reserve(self, writer: Session, request: protocol.Reserve) -> tuple[bytes, bytes]:
+        """*reserve*: an outcome byte per key, and the placements of those granted. Raises ``ValueError``."""
+        catalog = self._catalog
+        keys = split_keys(request.keys)
+        if request.parent and len(request.parent) != protocol.KEY_BYTES:
+            raise ValueError(f"parent: {len(request.parent)} bytes are not a key")
+        if request.rank >= request.ranks:
+            raise ValueError(f"rank {request.rank} of {request.ranks} ranks")
+        if not request.nbytes:
+            raise ValueError("nbytes: an empty payload")
+        able = segments_for_write(catalog.segments.values(), writer, request.nbytes, catalog.settings.placement)
+        best = able[-1] if able else None
+        room = OUTSTANDING_PER_SESSION - len(catalog.reservations.of_session(writer.id))
+        outcomes = bytearray()
+        granted: list[bytes] = []
+        parent = request.parent
+        for key in keys:
+            outcome = self._standing(key, request.rank, request.ranks)
+            if outcome is Outcome.GRANTED:
+                if best is None or len(granted) >= room:
+                    outcome = Outcome.DECLINED
+                else:
+                    packed = self._grant(writer, request, key, parent, able)
+                    if packed is None:
+                        outcome = Outcome.NO_SPACE
+                    else:
+                        granted.append(packed)
+            outcomes.append(outcome)
+            parent = key
+        self._count(outcomes)
+        if best is not None:
+            if Outcome.NO_SPACE in outcomes:
+                catalog.pressure.nudge(best, request.nbytes)
+            elif granted:
+                catalog.pressure.check(best)
+        return bytes(outcomes), b"".join(granted)
+
+    def _standing(self, key: bytes, rank: int, ranks: int) -> Outcome:
+        """``GRANTED`` when nobody has or is writing this shard."""
+        catalog = self._catalog
+        entry = catalog.index.get(key)
+        if entry is not None:
+            if len(self._tombstones):
+                self._tombstones.bury(entry)
+                entry = catalog.index.get(key)
+            if entry is not None:
+                if len(entry.shards) != ranks:
+                    return Outcome.DECLINED
+                if entry.shards[rank] is not None:
+                    return Outcome.EXISTS
+        return Outcome.EXISTS if catalog.reservations.live(key, rank) is not None else Outcome.GRANTED
+
+    def _grant(
+        self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment]
+    ) -> bytes | None:
+        nbytes = request.nbytes
+        found: tuple[int, int] | None = None
+        while able:
+            found = able[-1].allocate(nbytes)
+            if found is not None:
+                break
+            able.pop()  # full for every further key of this call, too
+        if found is None:
+            return None
+        segment = able[-1]
+        record, offset = found
+        generation = self.next_generation
+        self.next_generation += 2
+        catalog = self._catalog
+        reservation = Reservation(
+            generation=generation,
+            session=writer.id,
+            key=key,
+            parent=parent,
+            tenant=request.tenant,
+            rank=request.rank,
+            ranks=request.ranks,
+            segment=segment,
+            segment_id=segment.info.segment_id,
+            incarnation=segment.info.incarnation,
+            record=record,
+            offset=offset,
+            nbytes=nbytes,
+            ttl_s=request.ttl_s,
+            pin_s=request.pin_s,
+            deadline=catalog.now + catalog.settings.reservation_s,
+            live=True,
+        )
+        segment.records[record] = reservation
+        catalog.reservations.add(reservation)
+        catalog.index.add_child(parent)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("reserve %s: segment %d record %d for %s", key_text(key), segment.number, record, writer.name)
+        return PLACEMENT.pack(segment.number, record, generation, offset, nbytes)
+
+    def _count(self, outcomes: bytearray) -> None:
+        counters = self._catalog.counters
+        counters["reserved"] += outcomes.count(Outcome.GRANTED)
+        counters["reserve_exists"] += outcomes.count(Outcome.EXISTS)
+        counters["reserve_no_space"] += outcomes.count(Outcome.NO_SPACE)
+        counters["reserve_declined"] += outcomes.count(Outcome.DECLINED)
+
+    # --- the writer tells -----------------------------------------------------------------------------------------
+
+    def commit(self, session: bytes, generations: Sequence[int]) -> None:
+        """*commit told* for live reservations, *commit refused* for the others; both prove that the writer has stopped."""
+        catalog = self._catalog
+        counters = catalog.counters
+        made: list[Entry] = []
+        for generation in generations:
+            reservation = catalog.reservations.get(generation)
+            if reservation is None or reservation.session != session:
+                counters["commits_unknown"] += 1
+                continue
+            if reservation.live and catalog.fits(reservation.key, reservation.ranks):
+                made.append(self.admit(reservation))
+                continue
+            counters["commits_refused"] += 1
+            self._end(reservation)
+        catalog.policy.touch(made)
+        for entry in made:
+            catalog.offer(entry)
+
+    def admit(self, reservation: Reservation) -> Entry:
+        """Makes a live reservation, committed in memory, a placement."""
+        catalog = self._catalog
+        segment = reservation.segment
+        assert segment is not None and reservation.live, "a claim without a segment is never live"
+        entry = catalog.admit(segment, reservation)
+        self._expire(reservation)
+        catalog.reservations.settle(reservation)
+        if reservation.pin_s:
+            self._pins.pin(entry, catalog.now + reservation.pin_s)
+        catalog.counters["committed"] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("commit %s: segment %d record %d", key_text(entry.key), segment.number, reservation.record)
+        return entry
+
+    def abort(self, session: bytes, generations: Iterable[int]) -> None:
+        """*abort told*: its writer has stopped."""
+        for generation in generations:
+            reservation = self._catalog.reservations.get(generation)
+            if reservation is not None and reservation.session == session:
+                self._catalog.counters["aborted"] += 1
+                self._end(reservation)
+
+    # --- time and evidence ----------------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> None:
+        """*reservation expires*: the key is free; record and extent wait for evidence."""
+        for reservation in self._catalog.reservations.overdue(now):
+            self._catalog.counters["reservations_expired"] += 1
+            log.info("reservation of %s expired: waiting for its writer", key_text(reservation.key))
+            self._expire(reservation)
+            if reservation.stopped:
+                self.settle(reservation)
+
+    def expire_all_of(self, segment: Segment) -> None:
+        """The segment is dropped: what was reserved in it becomes claims, in case its memory comes back."""
+        for reservation in list(self._catalog.reservations.of_segment(segment.info.segment_id).values()):
+            if reservation.segment is segment:
+                self._expire(reservation)
+                reservation.segment = None
+
+    def heard_from(self, session: bytes, seen: int, outstanding: Iterable[int]) -> None:
+        """*heartbeat settles* every reservation of the session up to ``seen`` that it does not list."""
+        mine = self._catalog.reservations.of_session(session)
+        if not mine:
+            return
+        kept = set(outstanding)
+        for generation, reservation in list(mine.items()):
+            if generation not in kept and (generation <= seen or generation < self._first_generation):
+                self._stopped(reservation)
+
+    def said_goodbye(self, session: bytes) -> None:
+        """Everything of the session is settled; a commit may still be on its way by its other socket."""
+        for reservation in list(self._catalog.reservations.of_session(session).values()):
+            self._stopped(reservation)
+
+    def forget_claims(self, session: bytes) -> None:
+        """The session is forgotten; none of its reservations lies in a registered segment."""
+        for reservation in list(self._catalog.reservations.of_session(session).values()):
+            assert reservation.segment is None
+            self._catalog.reservations.settle(reservation)
+
+    def proven_dead(self, session: bytes) -> None:
+        """*writer proven dead*: nobody will touch what it had reserved."""
+        for reservation in list(self._catalog.reservations.of_session(session).values()):
+            self._end(reservation)
+
+    def _stopped(self, reservation: Reservation) -> None:
+        if reservation.live:
+            reservation.stopped = True
+        else:
+            self.settle(reservation)
+
+    def _expire(self, reservation: Reservation) -> None:
+        if reservation.live:
+            self._catalog.reservations.expire(reservation)
+            self._catalog.offer(self._catalog.index.drop_child(reservation.parent))
+
+    def _end(self, reservation: Reservation) -> None:
+        self._expire(reservation)
+        self.settle(reservation)
+
+    def settle(self, reservation: Reservation) -> None:
+        """There is evidence that the writer of an expired reservation has stopped: its record is to be retired."""
+        catalog = self._catalog
+        catalog.reservations.settle(reservation)
+        catalog.counters["reservations_settled"] += 1
+        segment = reservation.segment
+        if segment is None or segment.state is SegmentState.DROPPED:
+            return
+        catalog.retire_record(
+            Retiring(
+                segment,
+                reservation.record,
+                reservation.generation,
+                reservation.key,
+                reservation.tenant,
+                reservation.offset,
+                reservation.nbytes,
+                [],
+            )
+        )
