@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.store.mooncake import Mooncake
+from tests.support.processes import Processes
+from vcache.config import VCacheConfig
+from vcache.store import open_store
 from vcache.store.base import Store
 from vcache.store.files import FileStore
 from vcache.store.guard import GuardedStore
@@ -67,3 +71,28 @@ def guarded() -> Iterator[Callable[..., GuardedStore]]:
     yield guard
     for each in guards:
         each.close(timeout_s=5.0)
+
+
+@pytest.fixture
+def mooncake(processes: Processes) -> Mooncake:
+    return Mooncake(processes)
+
+
+@pytest.fixture
+def opened(mooncake: Mooncake) -> Iterator[Callable[..., GuardedStore]]:
+    """Opens stores on the test's Mooncake as an engine would; closed afterwards."""
+    stores: list[GuardedStore] = []
+
+    def open_one(guard: dict[str, Any] | None = None, layout: bytes = b"", **settings: Any) -> GuardedStore:
+        quick = {"probe_interval": 0.1, "max_probe_interval": 0.5} | (guard or {})
+        config = VCacheConfig(
+            store={"mooncake": {"master": mooncake.address} | settings, "guard": quick, "staging_size": "64MiB"}
+        )
+        store = open_store(config.store, layout=layout)
+        assert isinstance(store, GuardedStore)
+        stores.append(store)
+        return store
+
+    yield open_one
+    for store in stores:
+        store.close(timeout_s=5.0)

@@ -9,47 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.store.mooncake import HOST, Mooncake, await_ready, fill, free_port, wait_for
+from tests.store.mooncake import HOST, await_ready, fill, free_port, wait_for
 from tests.store.shards import blank, payload, payloads, shard, shards
-from tests.support.processes import Processes
-from vcache.config import VCacheConfig
-from vcache.store import open_store
 from vcache.store.base import Got, Put
 from vcache.store.guard import GuardedStore
 from vcache.store.mooncake import MooncakeStore
 
 NBYTES = 300_000
-
-
-@pytest.fixture
-def mooncake(processes: Processes) -> Mooncake:
-    return Mooncake(processes)
-
-
-@pytest.fixture
-def opened(mooncake: Mooncake) -> Iterator[Callable[..., GuardedStore]]:
-    """Opens stores on the test's Mooncake as an engine would; closed afterwards."""
-    stores: list[GuardedStore] = []
-
-    def open_one(guard: dict[str, Any] | None = None, layout: bytes = b"", **settings: Any) -> GuardedStore:
-        quick = {"probe_interval": 0.1, "max_probe_interval": 0.5} | (guard or {})
-        config = VCacheConfig(
-            store={"mooncake": {"master": mooncake.address} | settings, "guard": quick, "staging_size": "64MiB"}
-        )
-        store = open_store(config.store, layout=layout)
-        assert isinstance(store, GuardedStore)
-        stores.append(store)
-        return store
-
-    yield open_one
-    for store in stores:
-        store.close(timeout_s=5.0)
 
 
 def companion_pid(store: GuardedStore) -> int:
@@ -112,7 +83,7 @@ def test_a_process_that_ends_leaves_no_mooncake_process_behind(mooncake, process
     )
     child = processes.python("-c", script)
     pid = int(child.line())
-    assert is_running(pid)
+    wait_for(lambda: "/mooncake/store." in Path(f"/proc/{pid}/maps").read_text(), "the import before setup")
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     wait_for(lambda: not is_running(pid), "the end of the Mooncake process")
