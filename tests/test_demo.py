@@ -36,7 +36,11 @@ def test_plain_workers_share_kv_and_the_figures_say_so(processes: Processes, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_behind(processes: Processes, number: signal.Signals) -> None:
-    demo = processes.python("-m", "vcache.cli", "demo", "--no-llm", "--tokens", "1024")
+    # Where these tests run in the background, SIGINT is ignored, and children inherit that.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import vcache.cli; vcache.cli.main()"
+    )
+    demo = processes.python("-c", code, "demo", "--no-llm", "--tokens", "1024")
     demo.expect("worker A on", PATIENCE_S)
     assert left_behind(demo.pid) != []
     demo.popen.send_signal(number)

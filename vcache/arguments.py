@@ -5,6 +5,7 @@ Only values are looked at here. Whether slots fit the KV tensors is ``vcache/slo
 
 from __future__ import annotations
 
+import operator
 import sys
 from array import array
 from collections.abc import Sequence
@@ -64,10 +65,18 @@ def _list_values(tokens: Sequence[int]) -> npt.NDArray[Any]:
             else f"tokens must fit int32 (at most {MAX_TOKEN}), found {wrong}"
         ) from None
     except (TypeError, ValueError):
-        wrong_type = next((t for t in tokens if not hasattr(t, "__index__")), None)
-        if isinstance(wrong_type, (Sequence, np.ndarray)) and not isinstance(wrong_type, (str, bytes)):
+        strange = next((token for token in tokens if not _is_index(token)), None)
+        if getattr(strange, "ndim", 0) or (isinstance(strange, Sequence) and not isinstance(strange, (str, bytes))):
             raise ValueError("tokens must be one-dimensional, found a sequence inside") from None
-        raise ValueError(f"tokens must be integers, found {type(wrong_type).__name__}") from None
+        raise ValueError(f"tokens must be integers, found {type(strange).__name__}") from None
+
+
+def _is_index(token: object) -> bool:
+    try:
+        operator.index(token)  # type: ignore[arg-type] # whether it can is the question
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _array_values(tokens: object) -> npt.NDArray[Any]:
@@ -213,10 +222,14 @@ def check_distinct(name: str, block_ids: npt.NDArray[np.int64]) -> None:
 
 
 def check_keys(name: str, keys: object) -> None:
-    """Refuses anything but a sequence of 16-byte keys."""
+    """Refuses anything but a sequence of 16-byte keys; no Python code per key."""
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         raise ValueError(f"{name} must be a sequence of chunk keys, got {type(keys).__name__}")
-    if not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+    try:
+        whole = b"".join(keys)
+    except TypeError:
+        whole = b""
+    if len(whole) != KEY_BYTES * len(keys) or not {KEY_BYTES}.issuperset(map(len, keys)):
         raise ValueError(f"{name} must hold chunk keys ({KEY_BYTES} bytes each) only")
 
 

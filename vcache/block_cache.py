@@ -144,18 +144,12 @@ class BlockCache:
         if not self._in_flight.enter():
             return PendingRetrieve(None, keys)
         pending = PendingRetrieve(self, keys)
-        start = 0
-        with self._failures.contained("retrieve"):
-            for part in _parts(keys):
-                read = begin_read(self._client, part, self._rank)
-                copied = False
-                with self._failures.contained("retrieve"):
-                    read.copy_to(kv, block_ids[start : start + read.hits])
-                    copied = True
-                pending.reads.append((read, copied))
-                if not copied or read.hits < len(part):
-                    break
-                start += len(part)
+        try:
+            with self._failures.contained("retrieve"):
+                self._read(pending.reads, kv, keys, block_ids)
+        except BaseException:  # an interrupt: nobody else will complete it
+            pending.complete()
+            raise
         return pending
 
     def complete_retrieve(
@@ -170,11 +164,11 @@ class BlockCache:
                 valid = 0
                 with self._failures.contained("retrieve"):
                     valid = read.complete()  # each of them: it ends the lease
-                invalid += read.hits - valid
-                if copied and unbroken:
+                invalid += read.hits - valid if copied else 0
+                if unbroken:
                     loaded += valid
                     moved.update(self._bytes_by_tier(read.placements[:valid]))
-                unbroken = unbroken and copied and valid == read.hits
+                unbroken = unbroken and valid == read.hits
         finally:
             self._in_flight.leave()
         seconds = time.perf_counter() - started
@@ -203,30 +197,12 @@ class BlockCache:
         if not self._in_flight.enter():
             return PendingStore(None, keys)
         pending = PendingStore(self, keys)
-        start = 0
-        before: bytes = parent or b""
-        with self._failures.contained("store"):
-            for part in _parts(keys):
-                write = begin_write(
-                    self._client,
-                    part,
-                    parent=before,
-                    rank=self._rank,
-                    ranks=self._model.ranks,
-                    nbytes=kv.payload_bytes(self._model.blocks_per_chunk),
-                    tokens=self._model.chunk_size,
-                    tenant=tenant,
-                    pin_s=pin_s,
-                )
-                self._count_outcomes(write)
-                try:
-                    write.copy_from(kv, block_ids[start + np.asarray(write.granted, dtype=np.int64)])
-                except BaseException:
-                    write.abort()
-                    raise
-                pending.writes.append(write)
-                before = part[-1]
-                start += len(part)
+        try:
+            with self._failures.contained("store"):
+                self._write(pending.writes, kv, keys, block_ids, parent=parent, tenant=tenant, pin_s=pin_s)
+        except BaseException:  # an interrupt: nobody else will complete it
+            pending.complete()
+            raise
         return pending
 
     def complete_store(self, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], started: float) -> int:
@@ -237,8 +213,9 @@ class BlockCache:
             for write in writes:
                 granted += len(write.granted)
                 with self._failures.contained("store"):
-                    stored += write.complete()
-                    moved.update(self._bytes_by_tier(write.placements))
+                    count = write.complete()
+                    stored += count
+                    moved.update(self._bytes_by_tier(write.placements) if count else {})
         finally:
             self._in_flight.leave()
         seconds = time.perf_counter() - started
@@ -292,6 +269,51 @@ class BlockCache:
             if found.hits < len(part):
                 break
         return hits, lease
+
+    def _read(
+        self, reads: list[tuple[PendingRead, bool]], kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array
+    ) -> None:
+        """Begins to load, adding to ``reads`` what is to be completed."""
+        start = 0
+        for part in _parts(keys):
+            read = begin_read(self._client, part, self._rank)
+            reads.append((read, False))
+            read.copy_to(kv, block_ids[start : start + read.hits])
+            reads[-1] = (read, True)
+            if read.hits < len(part):
+                return
+            start += len(part)
+
+    def _write(
+        self,
+        writes: list[PendingWrite],
+        kv: PagedKV,
+        keys: Sequence[ChunkKey],
+        block_ids: Int64Array,
+        *,
+        parent: ChunkKey | None,
+        tenant: int,
+        pin_s: float,
+    ) -> None:
+        """Begins to store, adding to ``writes`` what is to be completed; completing a copy that failed gives it back."""
+        start = 0
+        for part in _parts(keys):
+            write = begin_write(
+                self._client,
+                part,
+                parent=parent or b"",
+                rank=self._rank,
+                ranks=self._model.ranks,
+                nbytes=kv.payload_bytes(self._model.blocks_per_chunk),
+                tokens=self._model.chunk_size,
+                tenant=tenant,
+                pin_s=pin_s,
+            )
+            writes.append(write)
+            self._count_outcomes(write)
+            write.copy_from(kv, block_ids[start + write.granted])
+            parent = part[-1]
+            start += len(part)
 
     def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
         """Bytes of these placements; of segments that the present server does not know, none."""

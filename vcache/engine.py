@@ -35,6 +35,7 @@ from vcache.donation import donation_bytes, open_donation
 from vcache.errors import ConfigError
 from vcache.keys import ChunkKey, ModelSpec, chunk_keys, parse_key, tenant_of
 from vcache.kv_tensors import KVTensors, promised_payload_bytes
+from vcache.log import configure
 from vcache.pool.client import PoolClient
 from vcache.stats import Counters, StatsValue
 from vcache.store import open_store
@@ -84,6 +85,8 @@ class VCacheEngine:
         self.role = role
         self.rank = rank
         self._check_construction(device, kv_caches, donate)
+        if self.config.origin("log_level") != DEFAULT_ORIGIN:  # otherwise the application's logging is left alone
+            configure(self.config.log_level, f"{role} {rank}")
         self._kv = KVTensors(model)
         where = self._device(device, kv_caches)
         donated_bytes = donation_bytes(self.config, donate) if donate is not None else 0

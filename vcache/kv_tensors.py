@@ -96,7 +96,7 @@ def _forget(owner: weakref.ref[KVTensors], identity: _Identity, _: object) -> No
 
 
 def _tensors(kvcaches: object) -> Iterator[torch.Tensor]:
-    """Every tensor in order; anything else is left for ``PagedKV`` to name."""
+    """Every dense tensor in order; anything else is left for ``PagedKV`` to name."""
     entries: Iterable[object] = ()
     if isinstance(kvcaches, torch.Tensor):
         entries = (kvcaches,)
@@ -106,7 +106,7 @@ def _tensors(kvcaches: object) -> Iterator[torch.Tensor]:
         entries = kvcaches
     for entry in entries:
         parts = entry if isinstance(entry, (tuple, list)) else (entry,)
-        yield from (part for part in parts if isinstance(part, torch.Tensor))
+        yield from (part for part in parts if isinstance(part, torch.Tensor) and part.layout == torch.strided)
 
 
 def _nesting(kvcaches: object) -> tuple[object, ...]:

@@ -208,7 +208,7 @@ class Registrar:
     def hand_over(self, segment: Segment, request: protocol.Handover) -> int:
         """*handover*: takes a page of records into the index. Answers how many. Raises ``RefusalError``."""
         gate = segment.gate
-        if gate is None or gate.handed_over:
+        if gate is None:
             return 0  # sent again
         taken = 0
         try:
@@ -216,7 +216,7 @@ class Registrar:
                 taken += self._take(segment, item, gate.removals)
         except ContradictionError as error:
             self._corrupt(segment, str(error))
-        if request.last:
+        if request.last and not gate.handed_over:
             gate.handed_over = True
             gate.settle_removals()
             self.open_if_ready(segment)

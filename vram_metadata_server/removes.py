@@ -32,16 +32,15 @@ class Removes:
         removal = Removal(route, request, self.answers)
         catalog = self._catalog
         for key in keys:
+            entry = catalog.index.get(key)
+            if entry is not None and len(self._tombstones):  # first: what it buries is being retired from then on
+                self._tombstones.bury(entry)
+                entry = catalog.index.get(key)
             for item in catalog.retiring.get(key, ()):
                 if item.segment.is_readable:
                     catalog.await_retired(item, removal)
-            entry = catalog.index.get(key)
             if entry is None:
                 continue
-            if len(self._tombstones):
-                self._tombstones.bury(entry)
-                if catalog.index.get(key) is None:
-                    continue
             catalog.retire_entry(entry, removal)
             removal.count += 1
         catalog.counters["removed"] += removal.count

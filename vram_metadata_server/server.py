@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _BATCH: Final = 256  # messages between two ticks
 _TICK_S: Final = 0.02  # between ticks that only look at deadlines
 _IDLE_MS: Final = 50
+_SUSPENDED_S: Final = 0.5  # between two rounds of the loop; a batch and a tick take a few hundredths of that
 #: Per peer, in messages. A peer that floods or does not read costs at most this many of the largest ones.
 _RECEIVE_HWM: Final = 256
 _SEND_HWM: Final = 512
@@ -144,14 +145,20 @@ class Server:
         """Serves until SIGTERM, SIGINT or ``stop``."""
         log.info("serves %s, term %d", self._config.endpoint, self.service.term)
         service = self.service
-        next_tick = time.monotonic()
+        next_tick = judged_from = before = time.monotonic()
         with _signals(self.stop), _no_collector():
             while not self._stopping:
-                is_empty = self._receive_batch(zmq.DONTWAIT if service.has_work else 0)
-                now = time.monotonic()
+                self._receive_batch(zmq.DONTWAIT if service.has_work else 0)
+                now = time.monotonic()  # taken before the queue is found empty: see ``Service.tick``
+                if now - before > _SUSPENDED_S:
+                    # This process stood still. What came meanwhile is still on its way through the kernel and ZeroMQ's
+                    # thread: nobody is judged before they have had the time to be heard again.
+                    log.warning("stood still for %.1f s", now - before)
+                    judged_from = now + 2 * service.settings.heartbeat_s
+                before = now
                 if service.has_work or now >= next_tick:
-                    drained = self._fairness.all_had_a_turn(is_empty=is_empty or not self._has_input())
-                    self._send(self._tick(now, drained))
+                    drained = self._fairness.all_had_a_turn(is_empty=not self._has_input())
+                    self._send(self._tick(now, drained and now >= judged_from))
                     next_tick = now + _TICK_S
         log.info("ends")
 
@@ -167,20 +174,19 @@ class Server:
         self._lock.close()
         self._context.term()
 
-    def _receive_batch(self, flags: int) -> bool:
-        """Handles what has come, up to a batch; waits for the first unless told not to. Whether nothing had come."""
+    def _receive_batch(self, flags: int) -> None:
+        """Handles what has come, up to a batch; waits a little for the first unless told not to."""
         socket = self._socket
         for _ in range(_BATCH):
             try:
                 frames = socket.recv_multipart(flags)
             except zmq.Again:
-                return True
+                return
             self._fairness.took(frames[0])
             self._send(self._handle(frames))
             if not self._has_input():
-                return False
+                return
             flags = zmq.DONTWAIT
-        return False
 
     def _has_input(self) -> bool:
         return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)

@@ -158,7 +158,9 @@ class Writes:
             if reservation is None or reservation.session != session:
                 counters["commits_unknown"] += 1
                 continue
-            if reservation.live and catalog.fits(reservation.key, reservation.ranks):
+            segment = reservation.segment
+            is_kept = reservation.live and segment is not None and segment.is_readable  # not one that is draining
+            if is_kept and catalog.fits(reservation.key, reservation.ranks):
                 made.append(self.admit(reservation))
                 continue
             counters["commits_refused"] += 1
@@ -207,6 +209,8 @@ class Writes:
             if reservation.segment is segment:
                 self._expire(reservation)
                 reservation.segment = None
+                if reservation.stopped:
+                    self.settle(reservation)
 
     def heard_from(self, session: bytes, seen: int, outstanding: Iterable[int]) -> None:
         """*heartbeat settles* every reservation of the session up to ``seen`` that it does not list."""

@@ -168,6 +168,7 @@ def like(tensor=None, *, layers=3, **named):
         ),
         (like(torch.zeros(7, 2, 4, 2, 8, dtype=torch.bfloat16)), r"kv_caches\['layer.1'\] .* 7 blocks"),
         (like(torch.zeros(0)), r"kv_caches\['layer.1'\] is empty"),
+        (like(torch.eye(4).to_sparse()), r"kv_caches\['layer.1'\] .* a dense tensor"),
         (like("tensor"), r"kv_caches\['layer.1'\] must be a tensor"),
         (like(torch.zeros(8, 2, 4, 2, 8, dtype=torch.bfloat16, device="meta")), r"kv_caches\['layer.1'\] .* meta"),
     ],

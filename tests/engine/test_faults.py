@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 
+import vcache.transfer
 from tests.engine.conftest import eventually, serving_segments
 from tests.engine.kv import CHUNK, fill, new_tensors, slots_of, wrong_blocks
 from vcache.server_query import fetch_stats
 
 HERE, THERE = list(range(8)), [20, 19, 40, 41, 5, 63, 0, 30]
 PROMPTS = [[own] * (4 * CHUNK) for own in range(8)]
+#: More chunks than a segment of 1 MiB has records for.
+MANY = [[own] * (4 * CHUNK) for own in range(100, 120)]
 QUICK = {
     "server": {"heartbeat_interval": "100ms", "liveness_timeout": "1s"},
     "client": {"connect_timeout": "2s", "call_timeout": "300ms"},
@@ -128,6 +131,34 @@ def test_a_donor_killed_under_load(start_server, start_donor, open_engine, runti
         load.await_rounds(2)
     assert all(loaded(engine, tokens) == 32 for tokens in PROMPTS)
     assert len(list(runtime_dir.glob("segment-*"))) == 1
+
+
+def test_a_reader_slower_than_its_lease_reports_a_miss(start_server, start_donor, open_engine, monkeypatch):
+    config, _ = start_server(**{**QUICK, "client": {**QUICK["client"], "lease": "100ms"}})
+    start_donor(config, size="1MiB")
+    reader, other = open_engine(config), open_engine(config)
+    store(other, PROMPTS[0])
+    other.get_stats()  # a round trip: the commit before it has arrived
+    real, found = vcache.transfer.scatter, []
+
+    def overtaken(kv, block_ids, segment, offsets, **named):
+        """The extents go to others between the lease and the copy."""
+        before = [bytes(segment[offset : offset + 16].tolist()) for offset in offsets.tolist()]
+        eventually(lambda: other.get_stats()["server_leases"] == 0, "the lease runs out")
+        assert other.clear() == 4
+        for tokens in MANY:
+            store(other, tokens)
+        after = [bytes(segment[offset : offset + 16].tolist()) for offset in offsets.tolist()]
+        found.extend(now != then for now, then in zip(after, before, strict=True))
+        real(kv, block_ids, segment, offsets, **named)
+
+    monkeypatch.setattr("vcache.transfer.scatter", overtaken)
+    assert loaded(reader, PROMPTS[0]) == 0
+    assert found == [True] * 4, "the extents were overwritten, as this test needs"
+    stats = reader.get_stats()
+    assert (stats["hits"], stats["misses"], stats["validation_failures"], stats["failures"]) == (0, 4, 4, 0)
+    monkeypatch.undo()
+    assert all(loaded(reader, tokens) in (0, 8, 16, 24, 32) for tokens in [*PROMPTS, *MANY])
 
 
 def test_errors_in_the_pool_become_misses_and_one_line(pool, open_engine, monkeypatch, caplog):

@@ -102,3 +102,16 @@ def test_a_segment_larger_than_memory_is_refused_with_both_numbers(config, serve
     assert list(runtime_dir.glob("segment-*")) == []
     assert list(runtime_dir.glob("client-*")) == []
     assert fetch_stats(config, timeout_s=5).segments == []
+
+
+@pytest.mark.parametrize(("level", "said"), [("DEBUG", True), (None, False)])
+def test_the_log_level_of_the_environment_reaches_the_engine_s_log(pool, processes, level, said):
+    program = (
+        "from tests.engine.kv import model_of\n"
+        "from vcache.engine import VCacheEngine\n"
+        "with VCacheEngine(model=model_of(), role='scheduler') as engine:\n"
+        "    engine.lookup([1] * 8)\n"
+    )
+    child = processes.python("-c", program, config=pool, extra={"VCACHE_LOG_LEVEL": level} if level else None)
+    assert child.wait() == 0, child.report()
+    assert ("lookup: 0 of 1 chunks" in child.log.read_text()) is said

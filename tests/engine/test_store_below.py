@@ -8,7 +8,7 @@ import torch
 import vcache.engine
 from tests.engine.kv import CHUNK, fill, new_tensors, slots_of
 from vcache.config import StoreConfig
-from vcache.store import NullStore, Shard, Store, open_store
+from vcache.store import NullStore, Shard, open_store
 from vcache.store.base import Got, Put, leading_run
 
 TOKENS = list(range(4 * CHUNK))
@@ -111,7 +111,7 @@ def test_a_chunk_is_in_the_store_when_every_rank_is(below):
 
 
 def test_the_null_store_holds_nothing():
-    store: Store = open_store(StoreConfig())
+    store = open_store(StoreConfig())
     assert isinstance(store, NullStore)
     shards, buffers = [Shard(bytes(16), 0)], [torch.zeros(8, dtype=torch.uint8)]
     assert list(store.put_from(shards, buffers)) == [Put.FAILED]

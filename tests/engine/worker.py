@@ -33,7 +33,8 @@ def main(arguments: dict[str, Any]) -> None:
 
 
 def obey(command: dict[str, Any], engine: VCacheEngine, rank: int, device: str) -> dict[str, Any]:
-    tokens, salt = command.get("tokens"), command.get("salt", "")
+    tokens: list[int] = command.get("tokens", [])
+    salt: str = command.get("salt", "")
     match command["do"]:
         case "lookup":
             return {"hits": engine.lookup(tokens, salt=salt)}

@@ -58,9 +58,11 @@ def _nothing() -> Iterator[None]:
 
 
 def _engines(report: DemoReport) -> Table:
-    table = Table(title="What each step did, in tokens of the prompt", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("step")
-    for column in ("device", "computed", "loaded", "from", "moved", "GB/s", "TTFT"):
+    table = Table(
+        title="What each step did, in tokens of the prompt", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("step", no_wrap=True)
+    for column in ("device", "computed", "loaded", "from", "MiB", "GB/s", "TTFT"):
         table.add_column(column, justify="right", no_wrap=True)
     for engine in ([report.reference] if report.reference else []) + report.engines:
         table.add_row(
@@ -85,7 +87,7 @@ def _moved(engine: EngineFigures) -> tuple[str, str]:
         if nbytes
     ]
     return (
-        "\n".join(f"{nbytes / 2**20:.1f} MiB {verb}" for verb, nbytes, _ in moves) or "-",
+        "\n".join(f"{nbytes / 2**20:.1f} {verb}" for verb, nbytes, _ in moves) or "-",
         "\n".join(f"{gb_per_s(nbytes, seconds):.1f}" for _, nbytes, seconds in moves) or "-",
     )
 

@@ -110,7 +110,7 @@ class HostMemory:
         file = runtime.create_segment_file(segment_id)
         try:
             os.truncate(file.fd, nbytes)
-            mapping = mmap.mmap(file.fd, nbytes)
+            mapping = _map(file, nbytes)
             # Huge pages where the system allows them to who asks; fallocate alone would never use them.
             _advise(mapping, 0, nbytes, _MADV_HUGEPAGE)
             _populate(mapping)
@@ -192,6 +192,15 @@ def require_x86() -> None:
             f"host segments are shared between processes on x86-64 only: the record protocol relies on its memory "
             f"ordering, and this machine is {machine}; use VRAM segments here"
         )
+
+
+def _map(file: HeldFile, nbytes: int) -> mmap.mmap:
+    """A mapping that does not hold the file's lock: a forked child keeps the mapping, and must not keep its parent alive."""
+    fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return mmap.mmap(fd, nbytes)
+    finally:
+        os.close(fd)
 
 
 def _remove_if_mine(owned: HeldFile | None, pid: int) -> None:

@@ -334,6 +334,8 @@ class Background:
         self._next_heartbeat = now + self._heartbeat_s
         if heartbeat_id:
             self._heartbeat_ids[heartbeat_id] = now
+        else:
+            self.available.clear()
         self._mappings.drop_unlisted(numbers, now, grace_s=2 * self._liveness_s)
 
     def _ordered(self, orders: Orders) -> None:
@@ -394,6 +396,7 @@ class Background:
     def _goodbye(self) -> None:
         if not self._session.term or self._session.holds_grants:
             return  # a writer may still be at work: only its death, or a later hello, would prove otherwise
+        self._tell_commits()
         self._send(protocol.Goodbye)
         self._socket.linger = _GOODBYE_LINGER_MS
 

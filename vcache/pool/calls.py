@@ -78,7 +78,8 @@ class Calls:
             self._count("calls_timed_out")
             return None
         try:
-            if self._closed:
+            if self._closed or not self._background.available.is_set():  # found out by the call that had the lock
+                self._count("calls_skipped")
                 return None
             epoch = self._session.epoch
             reply = self._exchange(make)

@@ -75,6 +75,7 @@ class Donor:
         self._is_ahead = False  # the segment has begun an incarnation that no server knows yet
         self._pages: Iterator[RecordInfo] = iter(())
         self._sent: tuple[list[RecordInfo], bool] = ([], False)
+        self._page_is_lost = False
         self._registered = threading.Event()
         self._drained = threading.Event()
         self._drain_asked = False
@@ -139,6 +140,8 @@ class Donor:
             self._drain()
         elif self._state is State.WAITING and self._background.term:
             self._register()
+        elif self._state is State.HANDING_OVER and self._page_is_lost:
+            self._send_page()  # or it was only late: a page sent twice is harmless
 
     def on_orders(self, orders: Orders) -> None:
         for number, items in orders.retire:
@@ -206,6 +209,7 @@ class Donor:
         self._send_page()
 
     def _send_page(self) -> None:
+        self._page_is_lost = False
         number, (items, last) = self._number, self._sent
         self._background.request(
             lambda id_, session, term: protocol.Handover(id_, session, term, number, items, last), self._on_page
@@ -217,7 +221,7 @@ class Donor:
         if isinstance(reply, Error):
             self._refused("hand over", reply)
         elif not isinstance(reply, Done):
-            self._send_page()  # lost, or late: a page sent twice is harmless
+            self._page_is_lost = True  # the next tick sends it again; now, it might not be sendable either
         elif self._sent[1]:
             self._state = State.SERVING
             self._registered.set()

@@ -210,7 +210,9 @@ class Session:
 
     @property
     def holds_grants(self) -> bool:
-        return bool(self._held.outstanding)
+        """Whether a writer may still be at work: something is outstanding that is not committed in memory."""
+        with self._lock:
+            return not self._held.outstanding.keys() <= self._held.untold
 
     def _saw(self, term: int, placements: PlacementArray) -> None:
         if term == self._last_term and len(placements):

@@ -1,0 +1,177 @@
+"""Interleavings that chaos runs and reviews have found, each as small as it can be made."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+
+from tests.pool import conftest
+from tests.pool.payloads import PATIENCE_S, fill, load, new_keys, start_write, store, until
+from tests.support.processes import processes_using
+from vcache import protocol
+from vcache.config import VCacheConfig
+from vcache.memory.host import HostMemory
+from vcache.pool.runtime_dir import RuntimeDir
+from vcache.protocol import PLACEMENT, Done, Outcome
+from vcache.server_query import fetch_stats
+from vram_metadata_server.service import Service
+from vram_metadata_server.settings import ServiceSettings
+
+open_client, open_donor, quick = conftest.open_client, conftest.open_donor, conftest.quick
+HOST = b"the-one-host-016"
+DATA = 1 << 20
+
+
+def segments_of(config: VCacheConfig) -> list[protocol.SegmentStats]:
+    return fetch_stats(config, timeout_s=PATIENCE_S).segments
+
+
+class Conversation:
+    """A state machine with one donor ("d") and one writer ("w"), talked to message by message."""
+
+    def __init__(self) -> None:
+        self.service = Service(ServiceSettings(), term=1000)
+        self.next_id = 0
+        self.now = 0.0
+        for name, writes in (("d", False), ("w", True)):
+            self.ask(name, protocol.Hello, protocol.PROTOCOL_VERSION, HOST, name, "cpu:0", writes, [], term=0)
+        registered = self.ask(
+            "d",
+            protocol.RegisterSegment,
+            b"s" * 16,
+            1,
+            protocol.Tier.DRAM,
+            "cpu:0",
+            DATA + 4096,
+            4096,
+            64,
+            b"h",
+            "",
+            [],
+        )
+        self.number = registered.number
+        self.ask("d", protocol.Handover, self.number, [], True)
+
+    def tell(self, name: str, kind: type, *fields, term: int = 1000) -> int:
+        self.next_id += 1
+        message = kind(self.next_id, name.encode() * 16, term, *fields)
+        self.out = self.service.handle(name.encode(), message, self.now)
+        self.service.check_integrity()
+        return self.next_id
+
+    def ask(self, name: str, kind: type, *fields, term: int = 1000):
+        """The reply to a request; None when it is not answered yet."""
+        request = self.tell(name, kind, *fields, term=term)
+        return next((reply for _, reply in self.out if reply.id == request), None)
+
+    def tick(self) -> list:
+        self.now += 0.1
+        out = self.service.tick(self.now, True)
+        self.service.check_integrity()
+        return [reply for _, reply in out]
+
+    def reserve(self, key: bytes) -> int:
+        """The generation granted."""
+        grants = self.ask("w", protocol.Reserve, key, b"", 0, 1, 4096, 256, 0, 0, 0.0)
+        assert grants.outcomes[0] == Outcome.GRANTED
+        return int(PLACEMENT.unpack(grants.placements)[2])
+
+
+def test_a_write_committed_in_a_draining_segment_leaves_no_entry_behind():
+    pool = Conversation()
+    key = b"k" * 16
+    generation = pool.reserve(key)
+    pool.tell("d", protocol.DrainSegment, pool.number)
+    pool.tick()
+    pool.tell("w", protocol.Commit, [generation])
+    for _ in range(3):
+        pool.tick()
+    assert pool.ask("w", protocol.Lookup, key, 0.0).hits == 0
+    assert pool.ask("w", protocol.Stats).entries == 0
+
+
+def test_a_removal_waits_for_a_record_that_a_clear_under_way_has_yet_to_find():
+    pool = Conversation()
+    key = b"k" * 16
+    generation = pool.reserve(key)
+    pool.tell("w", protocol.Commit, [generation])
+    assert pool.ask("w", protocol.Clear, 0, True) is None
+    removal = pool.tell("w", protocol.Remove, key)
+    assert not any(reply.id == removal for _, reply in pool.out), "answered, and the record is still in memory"
+    pool.tick()
+    pool.tell("d", protocol.Retired, pool.number, [protocol.RetireItem(0, generation)])
+    assert any(isinstance(reply, Done) and reply.id == removal for _, reply in pool.out)
+
+
+def test_a_segment_of_a_dead_donor_is_removed_though_a_child_that_it_forked_lives(runtime_dir):
+    ready, tell = os.pipe()
+    donor = os.fork()
+    if not donor:
+        memory = HostMemory.create(RuntimeDir(runtime_dir), secrets.token_bytes(16), 1 << 20)
+        if not os.fork():
+            os.write(tell, f"{os.getpid()} {memory.handle.decode()}\n".encode())
+        signal.pause()
+    child, name = os.read(ready, 100).decode().split()
+    try:
+        os.kill(donor, signal.SIGKILL)
+        os.waitpid(donor, 0)
+        assert RuntimeDir(runtime_dir).sweep() == [name]
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+        os.close(ready)
+        os.close(tell)
+        until(lambda: not processes_using(runtime_dir), "the child's end")
+
+
+def test_a_handover_goes_on_after_a_page_that_could_not_be_sent(quick, open_client, open_donor, processes):
+    config, server = quick
+    writer = open_client(config)
+    donor = open_donor(config)
+    keys = new_keys(8)
+    assert store(writer, keys) == 8
+    background = donor._client.background
+    send = background._send
+    refused: list[int] = []
+    goes_again = threading.Event()
+
+    def refuse_pages(make):
+        if goes_again.is_set() or not isinstance(make(1, b"s" * 16, 1), protocol.Handover):
+            return send(make)
+        refused.append(1)
+        return 0
+
+    background._send = refuse_pages
+    server.kill()
+    processes.server(config)
+    until(lambda: refused, "a page that cannot be sent")
+    goes_again.set()
+    assert donor.wait_registered(PATIENCE_S)
+    until(lambda: load(writer, keys) == 8, "the entries are back")
+    assert donor._client.counters["failures"] == 0
+
+
+def test_an_idle_client_notices_that_the_server_is_gone(quick, open_client):
+    config, server = quick
+    client = open_client(config)
+    server.kill()
+    until(lambda: not client.available, "the server's death is noticed")
+
+
+def test_a_client_closed_while_the_server_was_away_closes_no_gate(quick, open_client, open_donor, processes):
+    config, server = quick
+    open_donor(config)
+    writer = open_client(config)
+    keys = new_keys(2)
+    write = start_write(writer, keys)
+    fill(write, keys)
+    server.kill()
+    until(lambda: writer.lookup(b"".join(keys)).hits == 0 and not writer.available, "the server's death is noticed")
+    assert write.complete() == 2
+    writer.close()
+    other = open_client(config, available=False)
+    processes.server(config)
+    assert other.wait_available(60)
+    until(lambda: "serving" in [segment.state for segment in segments_of(config)], "an open gate")
+    assert load(other, keys) == 2

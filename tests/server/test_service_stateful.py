@@ -1,0 +1,327 @@
+"""Property test of the state machine: any order of writes, reads, removals, kills, suspensions and restarts.
+
+After every step the server's integrity is checked, what it would answer is compared with memory, and no two writers may
+share a byte. What a server rebuilt from the donors' memory would know is compared with what this one knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.server.world import SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
+from vcache import protocol
+from vram_metadata_server.index import Placement
+from vram_metadata_server.service import Service
+
+CHAINS = "ABC"  # chain C has two ranks and tenant 1
+LENGTH = 4
+
+positions = st.integers(0, LENGTH - 1)
+chains = st.sampled_from(CHAINS)
+picks = st.integers(0, 1000)
+
+
+def chain(name: str, first: int, count: int) -> list[bytes]:
+    return [key(f"{name}{at}") for at in range(first, min(first + count, LENGTH))]
+
+
+class Pool(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(SETTINGS)
+        self.made = 0
+        self.donors: list[Client] = []
+        self.readings: list[Reading] = []
+        self.removals: list[tuple[Client, int, set[int], int]] = []  # client, id, generations it removes, term
+        self.removed: list[tuple[set[int], set[bytes] | None, int]] = []  # generations, segments of that term, term
+        self.indexed: dict[int, tuple[bytes, int]] = {}  # every generation that ever was a placement: key, tenant
+        self.registered: set[bytes] = set()  # segments registered in this term
+        self.add_donor()
+        self.add_writer()
+
+    # --- who is there ---------------------------------------------------------------------------------------------
+
+    def awake(self) -> list[Client]:
+        return [c for c in self.world.clients if c.is_alive and not c.is_suspended]
+
+    def one(self, pick: int, among: list[Any]) -> Any:
+        return among[pick % len(among)] if among else None
+
+    def writes(self) -> list[tuple[Client, Write]]:
+        return [(client, write) for client in self.awake() for write in client.outstanding.values()]
+
+    def donations(self) -> list[Donation]:
+        return [donation for client in self.awake() for donation in client.donations]
+
+    @precondition(lambda self: sum(c.is_alive for c in self.donors) < 2)
+    @rule()
+    def add_donor(self) -> None:
+        self.made += 1
+        donation = Donation(
+            Client(self.world, f"d{self.made}"), SegmentMemory(f"m{self.made}", records=3, units=3), register=False
+        )
+        self.donors.append(donation.donor)
+        donation.register(anew=False)
+        donation.hand_over()
+
+    @precondition(lambda self: sum(c.is_alive for c in self.world.clients) < 4)
+    @rule()
+    def add_writer(self) -> None:
+        self.made += 1
+        Client(self.world, f"w{self.made}")
+
+    @rule(pick=picks)
+    def suspend(self, pick: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.is_suspended = True
+
+    @rule(pick=picks)
+    def resume(self, pick: int) -> None:
+        client = self.one(pick, [c for c in self.world.clients if c.is_alive and c.is_suspended])
+        if client is not None:
+            client.is_suspended = False
+
+    @rule(pick=picks, messages_arrive=st.booleans())
+    def kill(self, pick: int, messages_arrive: bool) -> None:
+        client = self.one(pick, [c for c in self.world.clients if c.is_alive])
+        if client is not None:
+            client.kill(messages_arrive=messages_arrive)
+
+    @rule(pick=picks)
+    def goodbye(self, pick: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.goodbye()
+
+    @rule()
+    def restart_server(self) -> None:
+        self.world.restart_server()
+        self.removals.clear()
+        self.registered.clear()
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    @rule(pick=picks, name=chains, first=positions, count=st.integers(1, 3), rank=st.integers(0, 1), units=st.integers(1, 2))
+    def reserve(self, pick: int, name: str, first: int, count: int, rank: int, units: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is None:
+            return
+        parent = key(f"{name}{first - 1}") if first else b""
+        more: dict[str, Any] = {"rank": rank, "ranks": 2, "tenant": 1} if name == "C" else {}
+        if name == "B":
+            more["ttl_s"] = 6
+        client.reserve(chain(name, first, count), parent=parent, units=units, **more)
+
+    @rule(pick=picks, steps=st.sampled_from([1, 4]))
+    def advance(self, pick: int, steps: int) -> None:
+        found = self.one(pick, self.writes())
+        if found is not None:
+            client, write = found
+            for _ in range(steps):
+                if write.said.generation in client.outstanding:
+                    client.advance(write)
+
+    @rule(pick=picks)
+    def abort(self, pick: int) -> None:
+        found = self.one(pick, self.writes())
+        if found is not None:
+            found[0].abort(found[1])
+
+    @rule(pick=picks)
+    def a_message_arrives(self, pick: int) -> None:
+        client = self.one(pick, [c for c in self.world.clients if c.on_its_way])
+        if client is not None:
+            client.flush(1)
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    @rule(pick=picks, name=chains, rank=st.integers(0, 1), lease_s=st.floats(0, 5))
+    def acquire(self, pick: int, name: str, rank: int, lease_s: float) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None and len(self.readings) < 4:
+            self.readings.append(client.acquire(chain(name, 0, LENGTH), rank=rank, lease_s=lease_s))
+
+    @rule(pick=picks, is_slow=st.booleans())
+    def read(self, pick: int, is_slow: bool) -> None:
+        reading = self.one(pick, self.readings)
+        if reading is None:
+            return
+        if is_slow and not reading.copies:
+            reading.copy()
+            return
+        self.readings.remove(reading)
+        if reading.client.is_alive:
+            if not reading.copies:
+                reading.copy()
+            reading.validate()
+            reading.copies.clear()
+            reading.finish()
+
+    @rule(pick=picks, name=chains, pin_s=st.floats(0.1, 6))
+    def pin(self, pick: int, name: str, pin_s: float) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.call(protocol.Pin, b"".join(chain(name, 0, 2)), pin_s)
+
+    @rule(pick=picks, name=chains)
+    def unpin(self, pick: int, name: str) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.call(protocol.Unpin, b"".join(chain(name, 0, 2)))
+
+    # --- removing -------------------------------------------------------------------------------------------------
+
+    @rule(pick=picks, name=chains, at=positions)
+    def remove(self, pick: int, name: str, at: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.flush()
+            self._note_indexed()
+            gone = {g for g, (found, _) in self.indexed.items() if found == key(f"{name}{at}")}
+            number = client.send(protocol.Remove, key(f"{name}{at}"))
+            self.removals.append((client, number, gone, self.world.service.term))
+
+    @rule(pick=picks, tenant=st.integers(0, 1), everything=st.booleans())
+    def clear(self, pick: int, tenant: int, everything: bool) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.flush()
+            self._note_indexed()
+            gone = {g for g, (_, found) in self.indexed.items() if everything or found == tenant}
+            number = client.send(protocol.Clear, tenant, everything)
+            self.removals.append((client, number, gone, self.world.service.term))
+
+    # --- donors and time ------------------------------------------------------------------------------------------
+
+    @rule(pick=picks, most=st.sampled_from([1, None]))
+    def donor_obeys(self, pick: int, most: int | None) -> None:
+        donation = self.one(pick, self.donations())
+        if donation is not None:
+            donation.obey(most)
+
+    @rule(pick=picks, pages=st.sampled_from([1, None]))
+    def hand_over(self, pick: int, pages: int | None) -> None:
+        donation = self.one(pick, self.donations())
+        if donation is not None:
+            donation.hand_over(pages, page=1 if pages else 2)
+
+    @rule(pick=picks)
+    def drain(self, pick: int) -> None:
+        donation = self.one(pick, self.donations())
+        if donation is not None and pick % 3 == 0:
+            donation.donor.call(protocol.DrainSegment, donation.number, socket="background")
+
+    @rule()
+    def donors_work(self) -> None:
+        for client in self.awake():
+            if client.donations:
+                client.heartbeat()
+        for donation in self.donations():
+            donation.hand_over()
+            donation.obey()
+        self.world.tick(drained=False)
+
+    @rule(pick=picks)
+    def heartbeat(self, pick: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            client.heartbeat()
+
+    @rule(seconds=st.sampled_from([1.0, 3.0, 6.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(drained=st.booleans())
+    def tick(self, drained: bool) -> None:
+        if drained:
+            self.world.beat()
+        self.world.tick(drained=drained)
+
+    @rule()
+    def settle(self) -> None:
+        self.world.settle()
+
+    # --- what must hold -------------------------------------------------------------------------------------------
+
+    @invariant()
+    def everything_holds(self) -> None:
+        self.world.check()
+
+    @invariant()
+    def a_rebuilt_index_equals_the_lost_one(self) -> None:
+        service = self.world.service
+        service.tombstones.sweep(10_000)
+        segments = [s for s in service.catalog.segments.values() if s.space is not None and s.is_readable]
+        segments = [s for s in segments if s.info.segment_id not in self.world.gone_memories]
+        lost = {
+            (h.entry.key, h.rank, s.info.segment_id, h.record, h.generation)
+            for s in segments
+            for h in s.records
+            if isinstance(h, Placement)
+        }
+        other = World(SETTINGS)
+        other.service = Service(SETTINGS, term=service.term + 1, wall_s=-1e9)
+        known = {(s.info.segment_id, r) for s in segments for r, h in enumerate(s.records) if not isinstance(h, Placement)}
+        for at, segment in enumerate(segments):
+            memory = self.world.memories[segment.info.segment_id]
+            copy = SegmentMemory(f"copy{at}", records=len(memory.records), units=len(memory.cells))
+            copy.id, copy.records = memory.id, memory.records
+            Donation(Client(other, f"copy{at}"), copy)
+        rebuilt = {found for found in other.placements() if (found[2], found[3]) not in known}
+        assert rebuilt == lost
+        other.service.check_integrity()
+
+    @invariant()
+    def removed_means_gone(self) -> None:
+        self._note_indexed()
+        term = self.world.service.term
+        self.registered |= {s.info.segment_id for s in self.world.service.catalog.segments.values()}
+        for removal in list(self.removals):
+            client, number, gone, _ = removal
+            answer = client.answer(number)
+            if answer is None:
+                continue
+            self.removals.remove(removal)
+            if isinstance(answer, protocol.Done):
+                self.removed.append((gone, set(self.registered), term))
+        for gone, segments, of_term in self.removed:
+            for _, _, segment_id, _, generation in self.world.placements():
+                if generation in gone:
+                    assert of_term != term and segment_id not in segments, "a removed entry is back"
+
+    def _note_indexed(self) -> None:
+        index = self.world.service.catalog.index
+        for entry in [*index.whole.values(), *index.partial.values()]:
+            for placement in entry.placements():
+                self.indexed[placement.generation] = (entry.key, entry.tenant)
+
+    def teardown(self) -> None:
+        """Left alone, with everybody awake, the pool comes to rest and every extent is accounted for."""
+        for client in self.world.clients:
+            client.is_suspended = False
+        for _, write in self.writes():
+            self.world.clients  # writers that stop doing anything keep what they have
+        self.world.pass_time(1.0)
+        for donation in self.donations():
+            donation.hand_over()
+        self.world.pass_time(12.0)
+        self.world.settle()
+        self.everything_holds()
+        service = self.world.service
+        held = {generation for client in self.awake() for generation in client.outstanding}
+        for segment in service.catalog.segments.values():
+            assert segment.gate is None, "a gate that never opens"
+            assert not segment.retiring, "a retire that is never done"
+        assert {reservation.generation for reservation in service.catalog.reservations} <= held, "space is never freed"
+        assert len(service.leases) == 0
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
