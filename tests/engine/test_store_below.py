@@ -7,9 +7,9 @@ import torch
 
 import vcache.engine
 from tests.engine.kv import CHUNK, fill, new_tensors, slots_of
-from vcache.config import StoreConfig
 from vcache.store import NullStore, Shard, open_store
 from vcache.store.base import Got, Put, leading_run
+from vcache.store_config import StoreConfig
 
 TOKENS = list(range(4 * CHUNK))
 BLOCKS = list(range(8))

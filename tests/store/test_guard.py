@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture
-def gate(file_store) -> Gate:
+def gate(file_store) -> Iterator[Gate]:
     gate = Gate(file_store)
     yield gate
     gate.open.set()

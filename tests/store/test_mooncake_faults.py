@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,21 +33,20 @@ def filled(mooncake: Mooncake, opened: Callable[..., GuardedStore], count: int =
     return store
 
 
-def timed(call: Callable[[], object]) -> tuple[object, float]:
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     started = time.monotonic()
     return call(), time.monotonic() - started
 
 
 def misses_in_time_then_skips(store: GuardedStore) -> None:
     for _ in range(3):
-        buffers = blank(4, NBYTES)
-        answer, seconds = timed(lambda buffers=buffers: list(store.get_into(shards(4), buffers)))
+        answer, seconds = timed(lambda: list(store.get_into(shards(4), blank(4, NBYTES))))
         assert answer == [Got.FAILED] * 4
         assert seconds < DEADLINE_S + SLACK_S
     wait_for(lambda: list(store.contains(shards(2))) == [False] * 2 and not store.available, "the open circuit")
-    before = store.stats()["store_calls"]
+    before = store.counters()["store_calls"]
     _, seconds = timed(lambda: [store.contains(shards(64)) for _ in range(SKIPPED)])
-    made = store.stats()["store_calls"] - before
+    made = store.counters()["store_calls"] - before
     assert made <= 1, "at most one call, in a half-open moment, reached the store"
     if not made:
         assert seconds / SKIPPED < 0.005
@@ -133,7 +133,7 @@ def test_a_killed_owner_costs_only_its_own_objects(mooncake, opened):
 def test_memory_of_failed_transfers_stays_taken_until_the_mooncake_process_is_replaced(mooncake, opened):
     store, (_, killed) = on_two_owners(mooncake, opened)
     killed.kill()
-    starts = store.stats()["store_process_starts"]
+    starts = store.counters()["store_process_starts"]
     wait_for(
         lambda: Got.FAILED not in store.get_into(shards(16), blank(16, NBYTES)) or replaced(store, starts), "an end"
     )
@@ -146,4 +146,4 @@ def test_memory_of_failed_transfers_stays_taken_until_the_mooncake_process_is_re
 
 
 def replaced(store: GuardedStore, starts: int) -> bool:
-    return store.stats()["store_process_starts"] > starts
+    return store.counters()["store_process_starts"] > starts

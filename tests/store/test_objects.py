@@ -21,7 +21,7 @@ def test_what_was_sealed_is_verified():
 
 
 @given(payload=st.binary(min_size=1, max_size=300), data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_flipped_bit_is_found(payload, data):
     page = bytearray(sealed(FORM, shard(1), payload))
     broken = bytearray(payload)

@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 @given(st.lists(st.one_of(st.lists(st.integers(1, 100_000), max_size=5), st.integers(0, 30)), max_size=40))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_free_and_taken_always_add_up(steps):
     staging = Staging(MIB)
     held = []

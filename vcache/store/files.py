@@ -137,17 +137,19 @@ class FileStore:
             _raise_if_unreachable(error)
             return Put.FULL if error.errno in _FULL else Put.FAILED
         try:
-            try:
-                lock_while_writing(file)
-                _write_all(file, sealed(self._form, shard, payload), payload)
-                os.utime(file, (used_at, used_at))
-            finally:
-                os.close(file)  # NFS may say only here that the disk is full, so the name comes after
+            lock_while_writing(file)
+            _write_all(file, sealed(self._form, shard, payload), payload)
+            os.utime(file, (used_at, used_at))
+            os.close(
+                os.dup(file)
+            )  # NFS may say only at a close that the disk is full; the lock stays until the last one
             os.rename(temporary, path)
         except OSError as error:
             _unlinked(temporary)
             _raise_if_unreachable(error)
             return Put.FULL if error.errno in _FULL else Put.FAILED
+        finally:
+            os.close(file)
         self._sweeper.wrote(PAGE_BYTES + payload.nbytes)
         return Put.STORED
 

@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from vcache.errors import CorruptionError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
-from vcache.keys import KEY_BYTES, ChunkKey
+from vcache.keys import ChunkKey
+from vcache.protocol import KEY_BYTES
 from vcache.store.base import Got, Put, Shard, Store
 from vcache.store.breaker import Breaker, Circuit
 from vcache.store.calls import Call, Ended, Workers
@@ -58,6 +59,7 @@ GUARD_VALUES: Final = {
     "store_full": "shards not written because the store was full",
     "store_failed_writes": "shards not written for any other reason",
 }
+_MOMENTARY: Final = frozenset({"store_circuit", "store_available", "store_busy_threads"})
 
 
 class Loaded:
@@ -112,7 +114,7 @@ class GuardedStore:
         self._config = config
         self.name: Final = name
         self._lock = threading.Lock()
-        self._counts = {name: 0 for name in GUARD_VALUES if name not in {"store_circuit", "store_available"}}
+        self._counts = {name: 0 for name in GUARD_VALUES if name not in _MOMENTARY}
         self._breaker = Breaker(
             failures=config.failures, first_delay_s=config.probe_interval, longest_delay_s=config.max_probe_interval
         )
@@ -212,10 +214,17 @@ class GuardedStore:
 
     def stats(self) -> dict[str, int | bool | str]:
         """``GUARD_VALUES``, and the store's own counters."""
+        return {
+            **self.counters(),
+            "store_circuit": self._breaker.circuit.value,
+            "store_available": self.available,
+            "store_busy_threads": self._readers.busy + self._writers.busy,
+        }
+
+    def counters(self) -> Mapping[str, int]:
+        """Those of ``stats`` that only grow."""
         with self._lock:
-            values: dict[str, int | bool | str] = {**self._counts, "store_circuit": self._breaker.circuit.value}
-        busy = self._readers.busy + self._writers.busy
-        return values | {"store_available": self.available, "store_busy_threads": busy} | dict(self._store.counters())
+            return {**self._counts, **self._store.counters()}
 
     def close(self, timeout_s: float = 10.0) -> None:
         deadline = time.monotonic() + timeout_s
