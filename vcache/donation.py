@@ -11,7 +11,7 @@ import secrets
 from typing import TYPE_CHECKING, Final
 
 from vcache.errors import ConfigError
-from vcache.memory.host import HostMemory
+from vcache.memory.allocation import allocate
 from vcache.pool.donor import Donor
 from vcache.units import parse_size
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from vcache.config import VCacheConfig
     from vcache.keys import ModelSpec
-    from vcache.memory.base import Memory
     from vcache.pool.client import PoolClient
 
 logger = logging.getLogger("vcache.engine")
@@ -50,7 +49,7 @@ def open_donation(
     Raises ``CapacityError`` when there is not as much memory, ``ConfigError`` when no chunk fits; then nothing is left.
     """
     segment_id = secrets.token_bytes(16)
-    memory = _allocate(config, client, device, segment_id, nbytes)
+    memory = allocate(config, client.runtime, segment_id, nbytes, device=str(device))
     try:
         donor = Donor(config, client, memory, segment_id, label=f"engine {model.model}"[:256])
     except BaseException:
@@ -64,17 +63,3 @@ def open_donation(
             f"bytes, the segment holds {held}; donate more or use a smaller chunk_size"
         )
     return donor
-
-
-def _allocate(config: VCacheConfig, client: PoolClient, device: torch.device, segment_id: bytes, nbytes: int) -> Memory:
-    tier = config.segment.tier
-    if tier == "vram" and device.type != "cuda":
-        raise ConfigError(
-            f"segment.tier = 'vram' (from {config.origin('segment.tier')}): {device} has none; use dram or auto"
-        )
-    if device.type == "cuda" and tier != "dram":
-        from vcache.memory.cuda import CudaMemory  # needs CuPy
-
-        return CudaMemory.create(nbytes, device=str(device))
-    name = f"cpu:{device.index or 0}" if device.type == "cpu" else "cpu:0"
-    return HostMemory.create(client.runtime, segment_id, nbytes, device=name)

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vcache.engine import VCacheEngine
-from vcache.errors import ConfigError
+from vcache.errors import CapacityError, ConfigError
 from vcache.failures import FailureLog
 from vcache.log import configure
 from vcache_vllm.metadata import StepOrders, StepReport, StoreOrder, WorkerIntroduction
@@ -83,14 +83,14 @@ class VCacheConnector(KVConnectorBase_V1):
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Joins the pool with vLLM's KV tensors. Raises ``ConfigError``: this is still construction."""
+        """Joins the pool with vLLM's KV tensors. Raises ``ConfigError`` or ``CapacityError``: this is still construction."""
         assert self._worker is not None
         if reason := reason_to_decline(self._vllm_config, self._kv_cache_config):
             self._worker.decline(reason)
             return
         try:
             self._worker.register(kv_caches, self._vllm_config, self._kv_cache_config)
-        except ConfigError:
+        except (ConfigError, CapacityError):
             raise
         except Exception as error:
             self._failures.record("register_kv_caches", error)

@@ -36,7 +36,11 @@ class WorkerSide:
         self._reported_failures = 0
 
     def register(self, kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any) -> None:
-        """Maps the tensors and joins the pool. Raises ``ConfigError`` when a setting cannot work with this model."""
+        """Maps the tensors and joins the pool.
+
+        Raises ``ConfigError`` when a setting cannot work with this model, ``CapacityError`` when there is not the memory to
+        donate.
+        """
         block_size, chunk_size = self._options.config.block_size, self._options.config.chunk_size
         try:
             kv = PagedKV(kv_caches, block_size=block_size, num_blocks=kv_cache_config.num_blocks)
@@ -51,7 +55,7 @@ class WorkerSide:
             device=self._options.device or str(kv.device),
             donate="auto" if self._options.donate else None,
         )
-        self._engine.register_kv_caches(kv_caches)
+        self._engine.register_kv_caches(kv)
         self.introduction = WorkerIntroduction(model)
         logger.info("VCache shares this worker's KV: %s", kv.describe())
 

@@ -1,7 +1,7 @@
-"""A child process that stores chunks and stops itself, by a real signal, after a given step of the real write path.
+"""A child process that stores chunks and stops itself, by real signals, after given steps of the real write path.
 
-``python -m tests.pool.stopping_writer STEP SIGNAL KEY...`` prints "starting", then "stored N" if it gets that far, then serves
-until its stdin ends.
+``python -m tests.pool.stopping_writer STEP:SIGNAL[,STEP:SIGNAL] KEY...`` prints "starting", then "stored N" if it gets that
+far, then serves until its stdin ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from tests.pool.payloads import NBYTES, payload, poke
 from vcache.config import VCacheConfig
@@ -35,14 +36,15 @@ def stop_after(owner: type, name: str, stop: Callable[[], None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def main(step: str, signal_name: str, keys: list[ChunkKey]) -> None:
-    def stop() -> None:
-        os.kill(os.getpid(), signal.Signals[signal_name])
+def main(stops: dict[str, str], keys: list[ChunkKey]) -> None:
+    def stop(step: str) -> None:
+        os.kill(os.getpid(), signal.Signals[stops[step]])
 
-    if step in ("mark_first", "commit_first"):
-        stop_after(Segment, step.removesuffix("_first"), stop)
-    elif step != "copy_half":
-        stop_after(PendingWrite, step, stop)
+    for step in stops:
+        if step in ("mark_first", "commit_first"):
+            stop_after(Segment, step.removesuffix("_first"), partial(stop, step))
+        elif step != "copy_half":
+            stop_after(PendingWrite, step, partial(stop, step))
     client = PoolClient(VCacheConfig(), device="cpu:0", writes=True, name="stopping writer")
     assert client.wait_available(60)
     print("starting", flush=True)
@@ -52,8 +54,8 @@ def main(step: str, signal_name: str, keys: list[ChunkKey]) -> None:
         for chunk, offset in zip(chunks.tolist(), offsets.tolist(), strict=True):
             data = payload(keys[write.granted[chunk]])
             poke(segment, offset, data[: NBYTES // 2])
-            if step == "copy_half" and chunk == len(keys) // 2:
-                stop()
+            if "copy_half" in stops and chunk == len(keys) // 2:
+                stop("copy_half")
             poke(segment, offset + NBYTES // 2, data[NBYTES // 2 :])
 
     write.copy_with(copy_in)
@@ -63,4 +65,7 @@ def main(step: str, signal_name: str, keys: list[ChunkKey]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [ChunkKey(bytes.fromhex(text)) for text in sys.argv[3:]])
+    main(
+        dict(stop.split(":") for stop in sys.argv[1].split(",")),
+        [ChunkKey(bytes.fromhex(text)) for text in sys.argv[2:]],
+    )

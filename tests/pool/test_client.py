@@ -15,6 +15,7 @@ from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
 from vcache.pool.client import PoolClient
 from vcache.pool.reading import begin_read
+from vcache.pool.session import Fate
 from vcache.protocol import PLACEMENT, Grants, Hits, Outcome, Placements, SegmentInfo, Tier, Welcome
 
 KEYS = b"".join(new_keys(3))
@@ -275,7 +276,7 @@ def test_replies_of_an_earlier_term_are_no_replies(scripted, open_client):
     server.term = 1  # the request was answered before the restart, and its reply comes after the hello
     assert (
         client.session.granted(
-            server.of(protocol.Reserve)[0], Grants(9, 1, b"\0\1\1", PLACEMENT.pack(5, 3, 104, 0, 1), [])
+            server.of(protocol.Reserve)[0], Grants(9, 1, b"\0\1\1", PLACEMENT.pack(5, 3, 104, 0, 1), []), 3
         )
         is None
     )
@@ -336,7 +337,7 @@ def test_a_client_that_closes_with_a_grant_outstanding_is_neither_gone_nor_dead(
     client.close()
     assert not server.of(protocol.Goodbye)
     assert not client.runtime.is_dead(client.session.id)
-    client.session.settled([102])
+    client.session.told([102], Fate.ABORTED, 0.0)
 
 
 def test_a_placement_in_a_segment_nobody_told_of_is_a_miss_not_an_error(scripted, open_client):

@@ -144,7 +144,9 @@ def test_a_record_that_changed_under_the_copy_ends_the_run_and_is_dropped(pool, 
     assert load(client, keys) == 3
 
 
-def test_a_reader_slower_than_its_lease_gets_a_miss_when_its_extent_is_overwritten(start_server, open_client, open_donor):
+def test_a_reader_slower_than_its_lease_gets_a_miss_when_its_extent_is_overwritten(
+    start_server, open_client, open_donor
+):
     settings = {**QUICK, "client": {"call_timeout": 1.0, "lease": 0.1}}
     config, _ = start_server(**settings)
     client = open_client(config)

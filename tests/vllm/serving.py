@@ -113,7 +113,7 @@ def pause_before_each_load() -> None:
         sys.stdin.readline()
         return begin(self, *arguments)
 
-    VCacheEngine.begin_retrieve = begin_after_pause  # type: ignore[method-assign]
+    setattr(VCacheEngine, "begin_retrieve", begin_after_pause)  # noqa: B010 - mypy refuses the plain assignment
 
 
 def main() -> None:

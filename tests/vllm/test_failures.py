@@ -26,6 +26,7 @@ def test_records_retired_between_lookup_and_load_make_vllm_compute_them(
     pool.zero_payloads()
     second.child.tell("go on")
     assert second.answer().tokens == expected.tokens
+    assert second.ask("stats")["validation_failures"] > 0
 
     # And what it computed after the failure is not offered to others, nor are failed blocks to itself.
     again = second.generate(text)

@@ -6,9 +6,14 @@ partial local hit), float32 keeps rounding from deciding between tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from tests.support.processes import Child
 from tests.vllm.conftest import CHUNK_SIZE, Pool, StartEngine
+from vcache.config import VCacheConfig
+from vcache.server_query import fetch_stats
 
 pytestmark = pytest.mark.vllm
 
@@ -72,6 +77,20 @@ def test_prefixes_of_every_kind_are_loaded(pool: Pool, start_engine: StartEngine
 
 
 @pytest.mark.slow
+def test_an_engine_donates_its_own_memory_and_another_loads_from_it(
+    start_server: Callable[..., tuple[VCacheConfig, Child]], start_engine: StartEngine, prompt: list[int]
+) -> None:
+    config, _ = start_server(server={"liveness_timeout": "60s"})
+    text = prompt[:600]
+    giver = start_engine("cpu:0", connector={"donate": True, "segment": {"size": "64MiB"}}, step_tokens=512)
+    taker = start_engine("cpu:1", step_tokens=512)
+    computed = giver.generate(text)
+    loaded = taker.generate(text)
+    assert (loaded.loaded, loaded.tokens) == (2 * CHUNK_SIZE, computed.tokens)
+    assert [segment.device for segment in fetch_stats(config, timeout_s=30).segments] == ["cpu:0"]
+
+
+@pytest.mark.slow
 def test_salts_share_nothing(pool: Pool, start_engine: StartEngine, prompt: list[int]) -> None:
     first, second = start_engine("cpu:0"), start_engine("cpu:1")
     text = prompt[:600]
@@ -94,4 +113,4 @@ def test_blocks_that_were_reused_are_stored_and_loaded_rightly(
     assert first.generate(*texts, max_tokens=120).tokens == expected.tokens
     loaded = second.generate(*texts, max_tokens=120)
     assert loaded.tokens == expected.tokens
-    assert loaded.loaded >= 3 * 2 * CHUNK_SIZE
+    assert loaded.loaded >= 3 * 2 * CHUNK_SIZE, second.ask("stats")

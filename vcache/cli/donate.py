@@ -7,15 +7,11 @@ import re
 import secrets
 import signal
 import threading
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from vcache.cli.options import ConfigFile, Settings, load_config
-
-if TYPE_CHECKING:
-    from vcache.config import VCacheConfig
-    from vcache.memory.base import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +29,21 @@ def donate(
 ) -> None:
     """Give a segment of a device's memory to the pool until told to end (SIGTERM or Ctrl-C)."""
     from vcache import log
+    from vcache.memory.allocation import allocate
     from vcache.pool.client import PoolClient
     from vcache.pool.donor import Donor
+    from vcache.pool.runtime_dir import RuntimeDir
     from vcache.units import approximate_size
 
+    if not _DEVICE.fullmatch(device):
+        raise typer.BadParameter(f"{device!r} is no device; use cuda:0, cuda:1, ... or cpu:0", param_hint="--device")
     told_to_end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told_to_end.set())
     config = load_config(config_file, settings, segment__size=size)
     log.configure(config.log_level, f"donor {device}")
     segment_id = secrets.token_bytes(16)
-    memory = _allocate(config, device, segment_id)
+    memory = allocate(config, RuntimeDir(config.runtime_path), segment_id, config.segment.size, device=device)
     size_text = approximate_size(memory.nbytes)
     try:
         client = PoolClient(
@@ -69,24 +69,3 @@ def donate(
         donor.close(0.0)
         client.close()
     typer.echo(f"took {size_text} of {device} back")
-
-
-def _allocate(config: VCacheConfig, device: str, segment_id: bytes) -> Memory:
-    """Zeroed memory of the device and of the tier that the configuration asks for; torch is loaded for a GPU only."""
-    from vcache.errors import ConfigError
-    from vcache.memory.host import HostMemory
-    from vcache.pool.runtime_dir import RuntimeDir
-
-    if not _DEVICE.fullmatch(device):
-        raise typer.BadParameter(f"{device!r} is no device; use cuda:0, cuda:1, ... or cpu:0", param_hint="--device")
-    is_gpu = device.startswith("cuda:")
-    if config.segment.tier == "vram" and not is_gpu:
-        raise ConfigError(
-            f"segment.tier = 'vram' (from {config.origin('segment.tier')}): {device} has none; use dram or auto"
-        )
-    if is_gpu and config.segment.tier != "dram":
-        from vcache.memory.cuda import CudaMemory
-
-        return CudaMemory.create(config.segment.size, device=device)
-    runtime = RuntimeDir(config.runtime_path)
-    return HostMemory.create(runtime, segment_id, config.segment.size, device="cpu:0" if is_gpu else device)

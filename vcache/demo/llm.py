@@ -61,7 +61,7 @@ def _run(
         max_model_len=MAX_TOKENS,
         block_size=BLOCK_SIZE,
         step_tokens=_loadable(prompt),
-        connector=None if config is None else {**_options(config), "device": device.name},
+        connector=None if config is None else _options(config, device),
         gpu=device.gpu,
     )
     path = stage.directory / f"{name.replace(' ', '-')}.json"
@@ -74,8 +74,16 @@ def _run(
     return _figures(name, device, msgspec.convert(result, EngineOutcome))
 
 
-def _options(config: VCacheConfig) -> dict[str, Any]:
-    return {"runtime_dir": config.runtime_dir, "chunk_size": CHUNK_SIZE, "log_level": config.log_level}
+def _options(config: VCacheConfig, device: Device) -> dict[str, Any]:
+    client = {"call_timeout": config.client.call_timeout, "connect_timeout": config.client.connect_timeout}
+    options = {
+        "runtime_dir": config.runtime_dir,
+        "chunk_size": CHUNK_SIZE,
+        "log_level": config.log_level,
+        "client": client,
+    }
+    # A GPU is known by what the KV tensors lie on; a host that stands in for two devices has to be told which it is.
+    return options if device.gpu is not None else {**options, "device": device.name}
 
 
 def _figures(name: str, device: Device, outcome: EngineOutcome) -> EngineFigures:

@@ -14,16 +14,24 @@ from vcache.protocol import ServerStats
 from vcache.server_query import fetch_stats
 
 START_TIMEOUT_S: Final = 60.0
+PATIENCE_S: Final = 30.0
 BLOCK_SIZE: Final = 32
 CHUNK_SIZE: Final = 256
 
 
 def demo_config(stage: Stage) -> VCacheConfig:
-    """This machine's settings, except that everything lives in the demo's own directory."""
+    """This machine's settings, except that everything lives in the demo's own directory, and that it is patient.
+
+    Deadlines of a second are right in production, where a miss costs little; here it would spoil the story.
+    """
     runtime_dir = stage.directory / "pool"
     runtime_dir.mkdir(mode=0o700)
     return VCacheConfig(
-        runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE, server={"endpoint": ""}
+        runtime_dir=str(runtime_dir),
+        chunk_size=CHUNK_SIZE,
+        block_size=BLOCK_SIZE,
+        server={"endpoint": "", "liveness_timeout": PATIENCE_S},
+        client={"call_timeout": PATIENCE_S, "connect_timeout": PATIENCE_S},
     )
 
 

@@ -33,7 +33,8 @@ def set_environment(spec: EngineSpec) -> None:
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if spec.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(spec.gpu)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[spec.gpu] if visible else str(spec.gpu)
 
 
 def run_engine(spec: EngineSpec, reporter: Reporter) -> EngineOutcome:

@@ -21,7 +21,7 @@ from vcache import protocol
 from vcache.errors import ProtocolError, UnavailableError
 from vcache.failures import FailureLog
 from vcache.pool.background import Background, MakeRequest
-from vcache.pool.session import Session
+from vcache.pool.session import Fate, Session
 from vcache.pool.wire import Socket, decoded
 from vcache.protocol import AnyReply, Error, ErrorCode, Grants, Hits, Placements
 
@@ -39,11 +39,11 @@ _CLOSE_LINGER_MS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class OneWay:
-    """A message without a reply. ``gives_up``: grants it settles. ``is_commit``: to be told later if it cannot be now."""
+    """A message without a reply. ``stopped``: grants whose fate it tells; if it cannot be told now, it will be later."""
 
     make: MakeRequest
-    gives_up: Sequence[int] = ()
-    is_commit: bool = False
+    stopped: Sequence[int] = ()
+    fate: Fate = Fate.ABORTED
 
 
 class Calls:
@@ -122,7 +122,10 @@ class Calls:
         return None
 
     def tell(self, message: OneWay) -> None:
-        """Sends a one-way message now, or when the call that has the socket is over. Never waits."""
+        """Sends a one-way message now, or when the call that has the socket is over. Never waits.
+
+        After ``close`` nothing is sent; that a writer has stopped is still noted in the session.
+        """
         self._one_way.append(message)
         self._flush_if_free()
 
@@ -202,9 +205,9 @@ class Calls:
         return request_id
 
     def _flush(self) -> None:
-        while self._one_way and not self._closed:
+        while self._one_way:
             message = self._one_way.popleft()
-            term = self._session.term
+            term = 0 if self._closed else self._session.term
             is_sent = False
             if term:
                 request = message.make(next(self._ids), self._session.id, term)
@@ -213,11 +216,14 @@ class Calls:
                     is_sent = True
                 except zmq.Again:
                     self._count("unsent_messages")
-            if is_sent or not message.is_commit:
-                # Unsent, an abort tells itself: the next hello or heartbeat does not name the grant any more.
-                self._session.settled(message.gives_up)
+            if not message.stopped:
+                continue
+            if is_sent:
+                self._session.told(message.stopped, message.fate, time.monotonic())
+                if self._session.is_crowded:
+                    self._background.confirm_soon()
             else:
-                self._session.committed(message.gives_up)
+                self._session.stopped(message.stopped, message.fate)
 
     # --- without it -----------------------------------------------------------------------------------------------
 
@@ -227,7 +233,7 @@ class Calls:
 
     def _flush_if_free(self) -> None:
         # Whoever has the lock looks again after giving it up, so no message is left behind.
-        while self._one_way and not self._closed and self._lock.acquire(blocking=False):
+        while self._one_way and self._lock.acquire(blocking=False):
             try:
                 self._flush()
             finally:

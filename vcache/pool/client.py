@@ -21,7 +21,16 @@ from vcache.pool.background import Background, MakeRequest, Member
 from vcache.pool.calls import Calls, OneWay
 from vcache.pool.mappings import Mappings, Use
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir
-from vcache.pool.session import PLACEMENT_DTYPE, Acquired, Granted, PlacementArray, Session
+from vcache.pool.session import (
+    MAX_OUTSTANDING,
+    PLACEMENT_DTYPE,
+    RESERVATION_WIRE_BYTES,
+    Acquired,
+    Fate,
+    Granted,
+    PlacementArray,
+    Session,
+)
 from vcache.pool.wire import dealer
 from vcache.protocol import (
     KEY_BYTES,
@@ -56,6 +65,8 @@ COUNTERS: Final = {
     "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
 }
 
+#: What the protocol allows a name.
+MAX_LABEL_CHARS: Final = 256
 #: What a removal may take beyond the liveness deadline, after which a donor that does not answer counts as dead.
 _REMOVAL_EXTRA_S: Final = 5.0
 _STOP_TIMEOUT_S: Final = 5.0
@@ -82,11 +93,15 @@ class PoolClient:
         self.runtime = RuntimeDir(config.runtime_path)
         self.host = self.runtime.host_id
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
-        self.session = Session(b"\x01" + secrets.token_bytes(15))
+        self.session = Session(
+            b"\x01" + secrets.token_bytes(15),
+            max_named=min(MAX_OUTSTANDING, config.server.max_message_bytes // RESERVATION_WIRE_BYTES),
+        )
         self.mappings = Mappings(self.runtime, host=self.host)
         self._count_lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
+        self._granted_all = False
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -97,7 +112,7 @@ class PoolClient:
                 self._context,
                 config,
                 self.session,
-                Member(self.host, name or f"{device} pid {self._pid}", device, writes),
+                Member(self.host, (name or f"{device} pid {self._pid}")[:MAX_LABEL_CHARS], device, writes),
                 mappings=self.mappings,
                 runtime=self.runtime,
                 maps_ahead=writes if maps_ahead is None else maps_ahead,
@@ -183,24 +198,36 @@ class PoolClient:
     ) -> Granted | None:
         """Space for one rank's shards of a run of chunks, whose first has ``parent`` before it (empty: none).
 
-        Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. ``None`` when the server is
-        unavailable.
+        Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. Keys beyond what a hello could
+        name as outstanding are declined. ``None`` when the server is unavailable.
         """
         _check_keys(keys)
         if self._alive is None:
             raise ValueError("writes = False: a client that reserves must be made with writes=True")
+        count = len(keys) // KEY_BYTES
+        if self.session.room < count:
+            self.background.confirm_soon()
+            if self.session.room <= 0:
+                self.count("calls_skipped")
+                return None
+        sent: list[protocol.Reserve] = []
 
         def make(id_: int, session: bytes, term: int) -> protocol.Reserve:
-            return protocol.Reserve(id_, session, term, keys, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+            # Here, under the calls' lock: no other thread's grants can come between the count of room and the reply.
+            asked = keys[: KEY_BYTES * max(1, self.session.room)]
+            sent.append(
+                protocol.Reserve(id_, session, term, asked, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+            )
+            return sent[0]
 
-        return self._call(Grants, make, lambda reply: self.session.granted(make(0, b"", 0), reply))
+        return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))
 
     def commit(self, generations: Sequence[int]) -> None:
         """Tells the server that these records are committed in memory. Never waits; without a session it is told later."""
         if generations:
             told = list(generations)
             self._tell(
-                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, is_commit=True)
+                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, Fate.COMMITTED)
             )
 
     def abort(self, generations: Sequence[int]) -> None:
@@ -251,19 +278,19 @@ class PoolClient:
     def close(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
         """Ends the session, unmaps what is not in use. Donors are to be closed before. Harmless when called twice.
 
-        While grants are outstanding the session is not said to be over: a copy may still be running.
+        While writes are under way the session is not said to be over; it is, to donors, when the last of them is.
         """
         with self._count_lock:
             if self._is_over:  # a forked child owns neither the sockets nor the thread
                 return
             self._closed = True
         self._calls.close()
+        self._granted_all = True
         is_stopped = self.background.stop(timeout_s)
         self.mappings.close()
         if is_stopped:
             self._context.term()
-        if not self.session.holds_grants:
-            self._give_up_lock()
+        self._end_if_done()
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -288,13 +315,20 @@ class PoolClient:
         return self._calls.call_deferred(Done, make, lambda reply: reply.count, timeout_s=timeout_s) or 0
 
     def _tell(self, message: OneWay) -> None:
-        if not self._is_over:
+        if os.getpid() == self._pid:
             self._calls.tell(message)
+            self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        """After ``close``: once no writer is at work, and none can begin, donors may take this client for dead."""
+        if self._granted_all and not self.session.is_writing:
+            self._give_up_lock()
 
     def _give_up_lock(self) -> None:
         if self._alive is not None:
-            self._alive.unlink()
-            self._alive.close()
+            with self._count_lock:  # two threads must not close one descriptor
+                self._alive.unlink()
+                self._alive.close()
 
 
 def _check_keys(keys: bytes) -> None:

@@ -14,15 +14,18 @@ import logging
 import threading
 from collections.abc import Iterator
 from enum import Enum
+from functools import partial
 from itertools import islice
 from typing import Final
+
+import numpy as np
 
 from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory
-from vcache.pool.client import PoolClient
+from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.segment import Segment
 from vcache.protocol import (
     MAX_ITEMS_PER_PAGE,
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: A record in a handover takes less than this on the wire.
 _RECORD_WIRE_BYTES: Final = 160
+#: The server's generations begin at its term, shifted by this: those of earlier terms are lower.
+_TERM_BITS: Final = 20
 
 
 class State(Enum):
@@ -64,7 +69,7 @@ class Donor:
         self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
     ) -> None:
         self.segment = Segment.create(memory, segment_id, records=config.segment.records)
-        self.label = label
+        self.label = label[:MAX_LABEL_CHARS]
         self._client = client
         self._background = client.background
         self._failures = FailureLog(logger)
@@ -76,6 +81,7 @@ class Donor:
         self._pages: Iterator[RecordInfo] = iter(())
         self._sent: tuple[list[RecordInfo], bool] = ([], False)
         self._page_is_lost = False
+        self._handed = np.zeros(self.segment.records, dtype=np.uint64)  # generations, by record
         self._registered = threading.Event()
         self._drained = threading.Event()
         self._drain_asked = False
@@ -134,6 +140,32 @@ class Donor:
     def on_gone(self, number: int) -> None:
         if number == self._number and self._state in (State.HANDING_OVER, State.SERVING):
             self._dropped("the server dropped it")
+
+    def on_dead(self) -> None:
+        """What a dead writer did between the scan for this server and its death is handed over, too.
+
+        The server knows nothing of it: the writer never said hello to it. A living one names it in its hello.
+        """
+        if self._number and self._state in (State.HANDING_OVER, State.SERVING):
+            late = self._late_records()
+            while items := list(islice(late, self._page)):
+                self._background.request(
+                    partial(protocol.Handover, number=self._number, items=items, last=False), self._on_late_page
+                )
+
+    def _late_records(self) -> Iterator[RecordInfo]:
+        """Records granted in earlier terms that are not as they were handed over."""
+        held = self.segment.directory.generations()
+        granted_before = held < np.uint64(self._term << _TERM_BITS)
+        for record in np.flatnonzero((held != 0) & granted_before & (held != self._handed)).tolist():
+            item = self.segment.directory.info(record)
+            if item is not None and item.nbytes:
+                self._handed[record] = item.generation
+                yield item
+
+    def _on_late_page(self, reply: AnyReply | None) -> None:
+        if isinstance(reply, Error):
+            self._refused("hand over", reply)
 
     def on_tick(self) -> None:
         if self._drain_asked and not self._drained.is_set():
@@ -194,7 +226,8 @@ class Donor:
             if self._is_ahead:  # what was committed since the new incarnation began belongs to the one before
                 self.segment.retire_committed()
                 self._is_ahead = False
-            self._pages = self.segment.scan()  # only now: what commits from here on is told to this server
+            self._handed[:] = 0
+            self._pages = self._records()  # only now: what commits from here on is told to this server
             self._next_page()
         elif isinstance(reply, Error) and reply.code is ErrorCode.UNKNOWN_SEGMENT:
             self._dropped(reply.text)
@@ -203,8 +236,22 @@ class Donor:
             if isinstance(reply, Error):
                 self._refused("register", reply)
 
+    def _records(self) -> Iterator[RecordInfo]:
+        """All records; one that does not agree with its checksum is retired instead of handed over.
+
+        Should a living writer be at it, that one's commit fails, and until then its hello holds the extent.
+        """
+        for item in self.segment.scan():
+            if item.nbytes:
+                yield item
+            else:
+                logger.error("record %d of segment %s is corrupt", item.record, self.segment.segment_id.hex())
+                self.segment.retire(item.record, item.generation)
+
     def _next_page(self) -> None:
         items = list(islice(self._pages, self._page))
+        for item in items:
+            self._handed[item.record] = item.generation
         self._sent = (items, len(items) < self._page)
         self._send_page()
 

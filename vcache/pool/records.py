@@ -158,6 +158,17 @@ class Directory:
         """0 free, odd while a writer is at work, even once committed."""
         return self._words.load(self._word(record) + GENERATION)
 
+    def generations(self) -> WordArray:
+        """``generation`` of every record, each as of one instant during the call."""
+        return self._words.load_each(self._first + np.arange(self.count) * RECORD_WORDS + GENERATION)
+
+    def info(self, record: int) -> RecordInfo | None:
+        """What ``scan`` would say of one record; ``None`` when it is free."""
+        rows, whole = self.rows(record, 1)
+        if not rows[0, GENERATION]:
+            return None
+        return _info(record, rows[0]) if whole[0] else _unsettled(record, rows[0])
+
     def matches(self, records: IndexArray, generations: WordArray, keys: WordArray) -> npt.NDArray[np.bool_]:
         """Which records hold exactly this (even) generation and key ``[n, 2]``. To be asked *after* a copy.
 

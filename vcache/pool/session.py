@@ -3,6 +3,11 @@
 What a client says it holds is *evidence*: a restarted server gives those extents to nobody, and takes back what is not
 named. So grants are taken, and told, under one lock: between the end of a term and the hello that opens the next, no grant
 of the old term is accepted, whenever its reply comes in.
+
+And what was told to a server that died then is told again. A donor may have scanned its records for the next server while
+the writer had not yet marked its own; if that writer then finished, and its word went to the dead server, nobody would know
+of the record. So a commit or an abort is remembered until the server answers a heartbeat sent after it: that server was alive
+when the writer had stopped, and every scan for a later one comes later.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Final
 
 import numpy as np
@@ -21,8 +27,10 @@ PLACEMENT_DTYPE: Final = np.dtype(
     [("segment", "<u4"), ("record", "<u4"), ("generation", "<u8"), ("offset", "<u8"), ("nbytes", "<u8")]
 )
 PlacementArray = npt.NDArray[np.void]
-#: How many generations told by a heartbeat; the server grants a session no more than this.
+#: The server grants a session no more than this, and a hello names no more.
 MAX_OUTSTANDING: Final = 4096
+#: A reservation in a hello takes less than this on the wire.
+RESERVATION_WIRE_BYTES: Final = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +54,33 @@ class Granted:
     infos: dict[int, SegmentInfo]
 
 
+class Fate(Enum):
+    """What became of a grant whose writer has stopped."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True)
+class _Told:
+    """A fate that some server was told of, and when."""
+
+    reservation: Reservation
+    fate: Fate
+    at: float
+
+
 @dataclass(slots=True)
 class _Held:
-    """What this client has been granted and not given back. ``untold``: committed in memory, the server does not know."""
+    """What this client has been granted and not given back.
+
+    ``untold``: outstanding, though their writer has stopped: the server is still to be told. ``told``: not outstanding, but
+    not confirmed either.
+    """
 
     outstanding: dict[int, Reservation] = field(default_factory=dict)
-    untold: set[int] = field(default_factory=set)
+    untold: dict[int, Fate] = field(default_factory=dict)
+    told: dict[int, _Told] = field(default_factory=dict)
     leases: set[int] = field(default_factory=set)
     seen: int = 0
 
@@ -59,8 +88,9 @@ class _Held:
 class Session:
     """Thread-safe; never waits. ``term`` is 0 while there is no session."""
 
-    def __init__(self, session_id: bytes) -> None:
+    def __init__(self, session_id: bytes, *, max_named: int = MAX_OUTSTANDING) -> None:
         self.id = session_id
+        self._max_named = max_named
         self.term = 0
         #: Counts hellos answered, so that an error about an earlier session ends no later one.
         self.epoch = 0
@@ -78,7 +108,12 @@ class Session:
                 return False
             self.term = 0
             self._infos = {}
-            self._held.leases.clear()
+            held = self._held
+            held.leases.clear()
+            for generation, told in held.told.items():
+                held.outstanding[generation] = told.reservation
+                held.untold[generation] = told.fate
+            held.told.clear()
             return True
 
     def outstanding(self) -> list[Reservation]:
@@ -147,8 +182,11 @@ class Session:
 
     # --- grants and evidence --------------------------------------------------------------------------------------
 
-    def granted(self, request: Reserve, reply: Grants) -> Granted | None:
-        """Takes the grants: they are outstanding from here on. ``None`` when the reply is of another term."""
+    def granted(self, request: Reserve, reply: Grants, keys: int) -> Granted | None:
+        """Takes the grants: they are outstanding from here on. ``None`` when the reply is of another term.
+
+        Of ``keys`` keys, those that the request did not ask for are declined.
+        """
         placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
         with self._lock:
             self._saw(reply.term, placements)
@@ -177,7 +215,8 @@ class Session:
                     tokens=request.tokens,
                     ttl_s=request.ttl_s,
                 )
-            return Granted(reply.outcomes, placements, infos)
+            outcomes = reply.outcomes.ljust(keys, bytes([Outcome.DECLINED]))
+            return Granted(outcomes, placements, infos)
 
     def unwanted(self, reply: Grants) -> list[int]:
         """A reply that nobody waits for any more: nothing of it was touched. What to abort of it at once."""
@@ -186,22 +225,42 @@ class Session:
             self._saw(reply.term, placements)
             return placements["generation"].tolist() if reply.term == self.term else []
 
-    def committed(self, generations: Iterable[int]) -> None:
-        """Their records are committed in memory; they stay outstanding until the server was told."""
-        with self._lock:
-            self._held.untold.update(self._held.outstanding.keys() & set(generations))
+    @property
+    def room(self) -> int:
+        """How many more grants a hello could name, if it came to that."""
+        return self._max_named - len(self._held.outstanding) - len(self._held.told)
 
-    def settled(self, generations: Iterable[int]) -> None:
-        """Their writer has stopped, and the server was told so or will find them missing from what is outstanding."""
+    @property
+    def is_crowded(self) -> bool:
+        """Whether room is running out, and a heartbeat would make some."""
+        return self.room < self._max_named // 2 and bool(self._held.told)
+
+    def stopped(self, generations: Iterable[int], fate: Fate) -> None:
+        """Their writer has stopped, but the server cannot be told now: they stay outstanding until it was."""
         with self._lock:
+            held = self._held
+            held.untold.update((generation, fate) for generation in generations if generation in held.outstanding)
+
+    def told(self, generations: Iterable[int], fate: Fate, now: float) -> None:
+        """Their writer has stopped, and the server of the present term was told so."""
+        with self._lock:
+            held = self._held
             for generation in generations:
-                self._held.outstanding.pop(generation, None)
-                self._held.untold.discard(generation)
+                reservation = held.outstanding.pop(generation, None)
+                held.untold.pop(generation, None)
+                if reservation is not None:
+                    held.told[generation] = _Told(reservation, fate, now)
 
-    def untold(self) -> list[int]:
-        """Generations committed in memory that the server is still to be told of."""
+    def confirm(self, sent: float) -> None:
+        """The server has answered a heartbeat that was sent at ``sent``: what it was told before needs no memory."""
         with self._lock:
-            return list(self._held.untold)
+            held = self._held
+            held.told = {generation: told for generation, told in held.told.items() if told.at > sent}
+
+    def untold(self, fate: Fate) -> list[int]:
+        """Generations of which the server is still to be told this."""
+        with self._lock:
+            return [generation for generation, became in self._held.untold.items() if became is fate]
 
     def evidence(self) -> tuple[int, list[int]]:
         """(highest generation seen in this term, generations outstanding), for a heartbeat."""
@@ -209,10 +268,10 @@ class Session:
             return self._held.seen, list(self._held.outstanding)
 
     @property
-    def holds_grants(self) -> bool:
-        """Whether a writer may still be at work: something is outstanding that is not committed in memory."""
+    def is_writing(self) -> bool:
+        """Whether a writer may still be at work."""
         with self._lock:
-            return not self._held.outstanding.keys() <= self._held.untold
+            return not self._held.outstanding.keys() <= self._held.untold.keys()
 
     def _saw(self, term: int, placements: PlacementArray) -> None:
         if term == self._last_term and len(placements):

@@ -1,0 +1,112 @@
+"""Real processes, killed, suspended and restarted at random while every byte they serve each other is checked.
+
+What must hold whatever happens: never a wrong byte; what was removed does not come back; nothing raises in a client. And
+once the monkey has left: everybody finds everybody again, and no byte of any segment is lost for good. A run follows from
+its seed, as far as the scheduler lets it; a failure prints the seed and what was done.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.board import Count
+from tests.chaos.monkey import SHORT, Monkey, Pool
+from tests.support.processes import Processes
+from vcache.config import VCacheConfig
+from vcache.pool.client import PoolClient
+from vcache.pool.runtime_dir import RuntimeDir
+from vcache.protocol import SegmentStats
+
+
+def test_a_pool_survives_a_monkey(runtime_dir: Path, tmp_path: Path, processes: Processes):
+    harm_and_check(runtime_dir, tmp_path, processes, seed=1, events=8, donors=2, workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4, 5])
+def test_a_larger_pool_survives_a_monkey_for_longer(runtime_dir: Path, tmp_path: Path, processes: Processes, seed: int):
+    harm_and_check(runtime_dir, tmp_path, processes, seed=seed, events=40, donors=3, workers=3)
+
+
+def harm_and_check(
+    runtime_dir: Path, logs: Path, processes: Processes, *, seed: int, events: int, **sizes: int
+) -> None:
+    seed = int(os.environ.get("CHAOS_SEED", seed))
+    config = VCacheConfig(runtime_dir=str(runtime_dir), **SHORT)
+    pool = Pool(config, processes, logs / "board", **sizes)
+    monkey = Monkey(pool, seed)
+    try:
+        monkey.harm(events)
+        check_that_it_works_again(pool)
+        check_that_nothing_is_lost(pool)
+        check_that_all_end(pool, runtime_dir)
+        pool.check_logs()
+    except BaseException as error:
+        error.add_note("\n".join(monkey.log))
+        raise
+    print(monkey.log, {count.name: pool.board.total(count) for count in Count})
+    for count in (Count.STORED, Count.VERIFIED, Count.REMOVED):
+        assert pool.board.total(count), f"the run shows nothing: {count.name} is 0"
+
+
+def check_that_it_works_again(pool: Pool) -> None:
+    """Server, donors and workers find each other again, and every worker can store and read."""
+    pool.until(lambda: segments_serving(pool) == len(pool.donors), "all donors' segments serve")
+    for worker in pool.workers:
+        worker.tell("pause")
+    for worker in pool.workers:
+        worker.expect("paused")
+        worker.tell("probe")
+        answer = worker.line()
+        assert answer == "probed", f"{answer}\n{worker.report()}"
+    pool.check()
+
+
+def segments_serving(pool: Pool) -> int:
+    stats = pool.stats()
+    return sum(segment.state == "serving" for segment in stats.segments) if stats else 0
+
+
+def check_that_nothing_is_lost(pool: Pool) -> None:
+    """With everything removed, all of every segment is free, for the server and in memory."""
+    client = PoolClient(pool.config, device="cpu:0", writes=False, name="checker")
+    try:
+        assert client.wait_available(60)
+
+        def is_all_free() -> bool:
+            client.clear()
+            stats = pool.stats()
+            return stats is not None and not stats.entries and not stats.reservations and all_free(stats.segments)
+
+        pool.until(is_all_free, "every byte of every segment is free")
+        stats = pool.stats()
+        assert stats is not None and len(stats.segments) == len(pool.donors)
+        for told in stats.segments:
+            use = client.segment(told.number)
+            assert use is not None, f"segment {told.number} cannot be mapped"
+            assert list(use.segment.scan()) == []
+            assert told.total_bytes == use.segment.nbytes - use.segment.data_offset
+            use.release()
+    finally:
+        client.close()
+
+
+def all_free(segments: list[SegmentStats]) -> bool:
+    return all(
+        segment.free_bytes == segment.total_bytes == segment.largest_free_bytes and not segment.records_used
+        for segment in segments
+    )
+
+
+def check_that_all_end(pool: Pool, runtime_dir: Path) -> None:
+    """Everybody ends in good order, and leaves nothing in shared memory, though others of them were killed."""
+    for worker in pool.workers:
+        worker.tell("exit")
+        assert worker.wait() == 0, worker.report()
+    for child in [*pool.donors, pool.server]:
+        assert child.stop() == 0, child.report()
+    RuntimeDir(runtime_dir).sweep()
+    assert sorted(path.name for path in runtime_dir.iterdir()) == ["host", "server.sock.lock", "sweep.lock"]
