@@ -1,8 +1,7 @@
-"""Fixtures of the stores' tests: a directory store, a disk of a few MiB, a guard with deadlines fit for tests."""
+"""Fixtures of the stores' tests: a directory store, a guard with deadlines fit for tests."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,25 +30,6 @@ def file_store(tmp_path: Path) -> Iterator[FileStore]:
     store = FileStore(tmp_path / "store", size_limit=1 << 30, form=FORM)
     yield store
     store.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for 2 MiB."""
-    mount_point = tmp_path / "disk"
-    mount_point.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount_point)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield mount_point
-    finally:
-        subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
 @pytest.fixture
@@ -88,8 +68,8 @@ def opened(mooncake: Mooncake) -> Iterator[Callable[..., GuardedStore]]:
         config = VCacheConfig(
             store={"mooncake": {"master": mooncake.address} | settings, "guard": quick, "staging_size": "64MiB"}
         )
-        store = open_store(config.store, layout=layout)
-        assert isinstance(store, GuardedStore)
+        store = open_store(config.store, layout=layout, ranks=1)
+        assert store is not None
         stores.append(store)
         return store
 

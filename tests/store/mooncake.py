@@ -84,7 +84,7 @@ def answers(store: GuardedStore) -> bool:
     before = store.counters()
     store.contains(shards(1))
     after = store.counters()
-    went_through = after["store_calls"] == before["store_calls"] + 1
+    went_through = after["store_made_calls"] == before["store_made_calls"] + 1
     return went_through and all(after[name] == before[name] for name in ("store_failed_calls", "store_overdue_calls"))
 
 

@@ -155,7 +155,7 @@ def test_hung_threads_do_not_pile_up(gate, guarded):
     gate.open.set()
     wait_for(lambda: guard.stats()["store_busy_threads"] == 0)
     assert list(guard.contains(shards(1))) == [False]
-    assert guard.stats()["store_calls"] == 3, "the unbegun calls never ran"
+    assert guard.stats()["store_made_calls"] == 3, "the unbegun calls never ran"
 
 
 def test_hung_writes_do_not_keep_readers_out(gate, guarded):
@@ -175,7 +175,7 @@ def test_the_circuit_opens_skips_and_closes_by_itself(gate, guarded, caplog):
     assert guard.stats()["store_circuit"] == "open"
     assert not guard.available
     assert list(guard.get_into(shards(2), blank(2))) == [Got.FAILED] * 2
-    assert guard.stats()["store_calls"] == 3, "calls while it is open do not reach the store"
+    assert guard.stats()["store_made_calls"] == 3, "calls while it is open do not reach the store"
     wait_for(lambda: guard.stats()["store_probes"] >= 2)
     gate.error = None
     wait_for(lambda: guard.available)
@@ -238,7 +238,7 @@ def test_retries_end(gate, guarded, monkeypatch):
     monkeypatch.setattr(gate, "get_into", lambda wanted, buffers: [Got.INTERRUPTED] * len(wanted))
     guard = guarded(gate, retries=2, timeout=5.0)
     assert list(guard.get_into(shards(2), blank(2))) == [Got.INTERRUPTED] * 2
-    assert guard.stats()["store_calls"] == 3
+    assert guard.stats()["store_made_calls"] == 3
     assert guard.stats()["store_failed_reads"] == 2
     assert guard.staging.free_bytes == STAGING_BYTES
 
@@ -273,7 +273,7 @@ def test_closing_during_traffic_is_quiet(file_store, guarded):
     threads = [threading.Thread(target=traffic) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: guard.stats()["store_calls"] > 10)
+    wait_for(lambda: guard.stats()["store_made_calls"] > 10)
     guard.close()
     stop.set()
     for thread in threads:

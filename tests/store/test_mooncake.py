@@ -77,7 +77,8 @@ def test_a_process_that_ends_leaves_no_mooncake_process_behind(mooncake, process
         "import sys, time\n"
         "from vcache.config import VCacheConfig\n"
         "from vcache.store import open_store\n"
-        f"store = open_store(VCacheConfig(store={{'mooncake': {{'master': '{mooncake.address}'}}}}).store)\n"
+        f"config = VCacheConfig(store={{'mooncake': {{'master': '{mooncake.address}'}}}})\n"
+        "store = open_store(config.store, layout=b'', ranks=1)\n"
         "print(store._store._process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from vcache.store.base import Got, NullStore, Put, Shard, Store
+from vcache.store.base import Got, Put, Shard, Store
 
 if TYPE_CHECKING:
     from vcache.store.guard import GuardedStore
     from vcache.store_config import StoreConfig
 
-__all__ = ["Got", "NullStore", "Put", "Shard", "Store", "open_store"]
+__all__ = ["Got", "Put", "Shard", "Store", "open_store"]
 
 
-def open_store(config: StoreConfig, *, layout: bytes = b"", ranks: int = 1) -> GuardedStore | NullStore:
-    """The store that ``config`` names, guarded. Returns at once, whether or not the store can be reached.
+#: What a store needs to answer what it holds; payloads need ``store.staging_size``.
+LEAST_STAGING_BYTES: Final = 1 << 20
 
-    ``layout``: the model's fingerprint (its first bytes go into every object). The caller closes the store. Raises
+
+def open_store(config: StoreConfig, *, layout: bytes, ranks: int, moves: bool = True) -> GuardedStore | None:
+    """The store that ``config`` names, guarded, or ``None``. Returns at once, whether or not the store can be reached.
+
+    ``layout``: the model's fingerprint (its first bytes go into every object). ``moves``: whether payloads will be read and
+    written; without, there is hardly any memory for them. The caller closes the store. Raises
     ``CapacityError`` when there is no memory for staging, ``ConfigError`` when what the store needs is not installed.
     """
     kind = config.resolved_kind
     if kind == "none":
-        return NullStore()
+        return None
     from vcache.store.guard import GuardedStore
     from vcache.store.objects import LAYOUT_BYTES, ObjectFormat
     from vcache.store.staging import Staging
 
     form = ObjectFormat(layout[:LAYOUT_BYTES].ljust(LAYOUT_BYTES, b"\0"), ranks)
-    staging = Staging(config.staging_size)
+    staging = Staging(config.staging_size if moves else LEAST_STAGING_BYTES)
     store: Store
     if kind == "files":
         from vcache.store.files import FileStore

@@ -1,4 +1,4 @@
-"""The interface of a store below the pool, and the store that holds nothing.
+"""The interface of a store below the pool.
 
 A store keeps *shards*, one rank's payload of one chunk. All calls are batched; they may block and may raise, so nobody on a
 serving path calls an implementation directly: deadlines, retries and the breaker are the guard's business, not each
@@ -73,33 +73,3 @@ class Store(Protocol):
         Any other call then raises ``UnavailableError``.
         """
         ...
-
-
-class NullStore:
-    """No store: everything is absent, nothing is kept."""
-
-    def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
-        return [False] * len(shards)
-
-    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
-        return [Got.ABSENT] * len(shards)
-
-    def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:
-        return [Put.FAILED] * len(shards)
-
-    def remove(self, shards: Sequence[Shard]) -> int:
-        return 0
-
-    def counters(self) -> Mapping[str, int]:
-        return {}
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        return
-
-
-def leading_run(store: Store, keys: Sequence[ChunkKey], ranks: int) -> int:
-    """How many of ``keys``, from the first on, the store holds with the shards of all ``ranks``. One batched call."""
-    if isinstance(store, NullStore):  # naming the shards of a long prompt would cost as much as hashing it
-        return 0
-    present = store.contains([Shard(key, rank) for key in keys for rank in range(ranks)])
-    return next((index // ranks for index, there in enumerate(present) if not there), len(keys))

@@ -1,7 +1,7 @@
 """The guard around a store: whatever the store does, its callers get an answer within the deadline and never an exception.
 
 Own threads, a deadline per call, retries of what is transient, a circuit breaker with probes, counters. What it does not
-do: decide what is worth storing (``write_behind.py``, ``policies.py``), or know any kind of store.
+do: decide what is worth storing, or know any kind of store.
 
 Ownership. The store only ever sees blocks of staging memory that the guard took. When a call is overdue, its blocks stay
 its own until it returns; the caller's memory was never lent out, so a late write cannot reach it.
@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from vcache.errors import CorruptionError
 from vcache.failures import FailureLog
@@ -44,7 +47,7 @@ PROBE: Final = Shard(ChunkKey(bytes(KEY_BYTES)), 0)
 GUARD_VALUES: Final = {
     "store_circuit": "closed: in use; open: skipped, being probed; half_open: one call at a time is let through",
     "store_available": "whether calls go through",
-    "store_calls": "calls made to the store",
+    "store_made_calls": "calls made to the store",
     "store_failed_calls": "of these, failed as a whole",
     "store_overdue_calls": "of these, given up on at their deadline",
     "store_skipped_calls": "calls not made: the circuit was open, or the guard closed",
@@ -83,10 +86,11 @@ class Loaded:
 
     def buffer(self, index: int) -> torch.Tensor:
         """The payload of a shard that was loaded: uint8, in host memory."""
-        block = self._blocks[index]
-        if block is None:
-            raise ValueError(f"shard {index} was not loaded ({self.results[index].name}), or was released")
-        return block.tensor
+        return self._block(index).tensor
+
+    def offsets(self, count: int) -> npt.NDArray[np.int64]:
+        """Where the payloads of the first ``count`` shards, all loaded, begin in staging memory."""
+        return np.array([self._block(index).payload_offset for index in range(count)], dtype=np.int64)
 
     def release(self) -> None:
         """Gives the memory back. Harmless when repeated."""
@@ -102,6 +106,12 @@ class Loaded:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def _block(self, index: int) -> Block:
+        block = self._blocks[index]
+        if block is None:
+            raise ValueError(f"shard {index} was not loaded ({self.results[index].name}), or was released")
+        return block
 
 
 class GuardedStore:
@@ -126,6 +136,11 @@ class GuardedStore:
         self._readers = Workers(f"vcache-{name}-read", config.threads)
         self._writers = Workers(f"vcache-{name}-write", config.write_threads)
         self._failures = FailureLog(logger)
+
+    @property
+    def write_timeout_s(self) -> float:
+        """The deadline of a write."""
+        return self._config.write_timeout
 
     @property
     def available(self) -> bool:
@@ -301,7 +316,7 @@ class GuardedStore:
 
         with self._lock:
             admitted = self._breaker.admit()
-            self._counts["store_calls" if admitted else "store_skipped_calls"] += 1
+            self._counts["store_made_calls" if admitted else "store_skipped_calls"] += 1
         if not admitted:
             give_back()
             return None
@@ -313,7 +328,7 @@ class GuardedStore:
         if ended is Ended.UNBEGUN:
             with self._lock:
                 self._breaker.withdrawn()
-                self._counts["store_calls"] -= 1
+                self._counts["store_made_calls"] -= 1
                 self._counts["store_unbegun_calls"] += 1
         elif ended is Ended.OVERDUE:
             self._failed(operation, TimeoutError("no answer within the deadline"), store_overdue_calls=1)

@@ -32,7 +32,8 @@ class Block:
         #: uint8 [PAGE_BYTES]; valid while the block is held.
         self.page: Final = staging.tensor[offset : offset + PAGE_BYTES]
         #: uint8 [nbytes], the payload; valid while the block is held.
-        self.tensor: Final = staging.tensor[offset + PAGE_BYTES : offset + PAGE_BYTES + nbytes]
+        self.payload_offset: Final = offset + PAGE_BYTES
+        self.tensor: Final = staging.tensor[self.payload_offset : self.payload_offset + nbytes]
         self._staging = staging
         self._holds = 1
 

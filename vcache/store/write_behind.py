@@ -1,7 +1,7 @@
 """Writes to the store in the background: a bounded queue that drops and counts rather than make anyone wait.
 
-Offering costs the caller no copy: an offer says how to *read* the payloads later (from the pool, leased and validated as for
-any reader), and the writer thread calls that when their turn comes. What the pool has lost meanwhile is not written. A write
+Offering costs the caller no copy: an offer says how to *read* the payloads later (from the pool, validated as for any
+reader), and the writer thread calls that when their turn comes. What the pool has lost meanwhile is not written. A write
 that fails leaves the pool's copy as it was.
 """
 
@@ -38,7 +38,7 @@ WRITE_BEHIND_VALUES: Final = {
     "store_queue_bytes": "their size",
     "store_offered": "shards offered for writing",
     "store_written": "shards written",
-    "store_exists": "shards the store had already",
+    "store_present": "shards the store had already",
     "store_dropped_queue": "shards dropped: the queue was full, or closed",
     "store_dropped_down": "shards dropped: the store's circuit was open",
     "store_dropped_lost": "shards dropped: the pool no longer had them when their turn came",
@@ -50,7 +50,6 @@ class _Offer(NamedTuple):
     shards: Sequence[Shard]
     sizes: Sequence[int]
     fill: Fill
-    done: Callable[[], None]
 
     @property
     def nbytes(self) -> int:
@@ -60,11 +59,22 @@ class _Offer(NamedTuple):
 class WriteBehind:
     """Owns one daemon thread. Thread-safe; nothing it does raises on the caller's side."""
 
-    def __init__(self, store: GuardedStore, *, max_bytes: int, max_items: int) -> None:
-        """``store`` stays the caller's: close this first, then the store."""
+    def __init__(
+        self,
+        store: GuardedStore,
+        *,
+        max_bytes: int,
+        max_items: int,
+        written: Callable[[int, float], None] = lambda nbytes, seconds: None,
+    ) -> None:
+        """``store`` stays the caller's: close this first, then the store.
+
+        ``written``: told, in the writer's thread, of each round's bytes written and the seconds that took.
+        """
         self._store = store
         self._max_bytes = max_bytes
         self._max_items = max_items
+        self._written = written
         self._changed = threading.Condition()
         self._queue: deque[_Offer] = deque()
         self._counts = dict.fromkeys(WRITE_BEHIND_VALUES, 0)
@@ -76,15 +86,9 @@ class WriteBehind:
         self._thread = threading.Thread(target=self._run, name="vcache-write-behind", daemon=True)
         self._thread.start()
 
-    def offer(
-        self, shards: Sequence[Shard], sizes: Sequence[int], fill: Fill, *, done: Callable[[], None] = lambda: None
-    ) -> bool:
-        """Queues shards whose payloads have ``sizes`` bytes: whether they were taken, all or none. Never waits.
-
-        ``done`` is called exactly once, when ``fill`` will not be called (any more): written or dropped, also from within
-        this call. Whoever keeps the payloads in place for it can stop then.
-        """
-        offer = _Offer(shards, sizes, fill, done)
+    def offer(self, shards: Sequence[Shard], sizes: Sequence[int], fill: Fill) -> bool:
+        """Queues shards whose payloads have ``sizes`` bytes: whether they were taken, all or none. Never waits."""
+        offer = _Offer(shards, sizes, fill)
         with self._changed:
             counts = self._counts
             counts["store_offered"] += len(shards)
@@ -103,8 +107,6 @@ class WriteBehind:
             else:
                 reason = "store_dropped_queue" if self._closed or self._store.available else "store_dropped_down"
                 counts[reason] += len(shards)
-        if not taken:
-            self._done(offer)
         return taken
 
     def flush(self, timeout_s: float) -> bool:
@@ -154,9 +156,9 @@ class WriteBehind:
         present = self._store.contains(offer.shards)
         missing = [index for index, there in enumerate(present) if not there]
         outcome = dict.fromkeys(
-            ("store_written", "store_exists", "store_dropped_lost", "store_dropped_failed", "store_dropped_queue"), 0
+            ("store_written", "store_present", "store_dropped_lost", "store_dropped_failed", "store_dropped_queue"), 0
         )
-        outcome["store_exists"] = len(offer.shards) - len(missing)
+        outcome["store_present"] = len(offer.shards) - len(missing)
         while missing:
             count = 0 if self._abandoned else self._write_round(offer, missing, outcome)
             if not count:
@@ -185,15 +187,19 @@ class WriteBehind:
         kept = [
             (offer.shards[index], block) for index, block, filled in zip(chosen, blocks, whole, strict=True) if filled
         ]
+        sizes = [block.nbytes for _, block in kept]
+        started = time.monotonic()
         results = self._store.put_blocks([shard for shard, _ in kept], [block for _, block in kept])
+        stored = sum(nbytes for nbytes, put in zip(sizes, results, strict=True) if put is Put.STORED)
+        if stored:
+            self._written(stored, time.monotonic() - started)
         outcome["store_written"] += results.count(Put.STORED)
-        outcome["store_exists"] += results.count(Put.EXISTS)
+        outcome["store_present"] += results.count(Put.EXISTS)
         outcome["store_dropped_lost"] += len(blocks) - len(kept)
         outcome["store_dropped_failed"] += results.count(Put.FULL) + results.count(Put.FAILED)
         return len(blocks)
 
     def _settle(self, offer: _Offer, **amounts: int) -> None:
-        self._done(offer)
         with self._changed:
             for name, amount in amounts.items():
                 self._counts[name] += amount
@@ -201,9 +207,3 @@ class WriteBehind:
             self._counts["store_queue_bytes"] -= offer.nbytes
             self._settled += 1
             self._changed.notify_all()
-
-    def _done(self, offer: _Offer) -> None:
-        try:
-            offer.done()
-        except Exception as error:
-            self._failures.record("letting go of what was written to the store", error)
