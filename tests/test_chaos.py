@@ -45,7 +45,7 @@ def harm_and_check(
         check_that_all_end(pool, runtime_dir)
         pool.check_logs()
     except BaseException as error:
-        error.add_note("\n".join(monkey.log))
+        error.add_note("\n".join([*monkey.log, *(child.report()[-3000:] for child in pool.children)]))
         raise
     print(monkey.log, {count.name: pool.board.total(count) for count in Count})
     for count in (Count.STORED, Count.VERIFIED, Count.REMOVED):
@@ -54,7 +54,7 @@ def harm_and_check(
 
 def check_that_it_works_again(pool: Pool) -> None:
     """Server, donors and workers find each other again, and every worker can store and read."""
-    pool.until(lambda: segments_serving(pool) == len(pool.donors), "all donors' segments serve")
+    pool.until(lambda: serving(pool), "the donors' segments serve, and no others are left")
     for worker in pool.workers:
         worker.tell("pause")
     for worker in pool.workers:
@@ -65,40 +65,41 @@ def check_that_it_works_again(pool: Pool) -> None:
     pool.check()
 
 
-def segments_serving(pool: Pool) -> int:
+def serving(pool: Pool) -> list[SegmentStats]:
+    """All segments, once they are exactly those of the donors that live, and serve."""
     stats = pool.stats()
-    return sum(segment.state == "serving" for segment in stats.segments) if stats else 0
+    if stats is None or any(segment.state != "serving" for segment in stats.segments):
+        return []
+    segments = sorted(segment.segment_id for segment in stats.segments)
+    return stats.segments if segments == sorted(pool.segment_ids()) else []
 
 
 def check_that_nothing_is_lost(pool: Pool) -> None:
     """With everything removed, all of every segment is free, for the server and in memory."""
     client = PoolClient(pool.config, device="cpu:0", writes=False, name="checker")
-    try:
-        assert client.wait_available(60)
 
-        def is_all_free() -> bool:
-            client.clear()
-            stats = pool.stats()
-            return stats is not None and not stats.entries and not stats.reservations and all_free(stats.segments)
-
-        pool.until(is_all_free, "every byte of every segment is free")
+    def is_all_free() -> bool:
+        client.clear()
         stats = pool.stats()
-        assert stats is not None and len(stats.segments) == len(pool.donors)
-        for told in stats.segments:
-            use = client.segment(told.number)
-            assert use is not None, f"segment {told.number} cannot be mapped"
-            assert list(use.segment.scan()) == []
-            assert told.total_bytes == use.segment.nbytes - use.segment.data_offset
-            use.release()
+        if stats is None or stats.entries or stats.reservations:
+            return False
+        segments = serving(pool)
+        return bool(segments) and all(is_free(segment) for segment in segments)
+
+    def is_free(told: SegmentStats) -> bool:
+        use = client.segment(told.number)
+        if use is None:
+            return False
+        assert told.total_bytes == use.segment.nbytes - use.segment.data_offset
+        in_memory = list(use.segment.scan())
+        use.release()
+        is_whole = told.free_bytes == told.largest_free_bytes == told.total_bytes
+        return is_whole and not told.records_used and not in_memory
+
+    try:
+        pool.until(is_all_free, "every byte of every segment is free")
     finally:
         client.close()
-
-
-def all_free(segments: list[SegmentStats]) -> bool:
-    return all(
-        segment.free_bytes == segment.total_bytes == segment.largest_free_bytes and not segment.records_used
-        for segment in segments
-    )
 
 
 def check_that_all_end(pool: Pool, runtime_dir: Path) -> None:

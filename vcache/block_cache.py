@@ -347,6 +347,7 @@ class BlockCache:
                 tokens=self._model.chunk_size,
                 tenant=tenant,
                 pin_s=pin_s,
+                layout=kv.payload_layout,
             )
             writes.append(write)
             self._count_outcomes(write)

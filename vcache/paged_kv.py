@@ -9,6 +9,7 @@ business: on some backends it is packed (K transposed), so blocks move whole.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -84,6 +85,8 @@ class PagedKV:
         #: What determines the order of bytes in a payload, independent of addresses and ``num_blocks``. Two caches may
         #: share payloads only if theirs are equal, so it belongs in the model's fingerprint.
         self.layout: str = _layout(named, axes)
+        #: 64 bits that tell apart payloads whose planes divide them differently; never 0. Stands in every record.
+        self.payload_layout: int = _payload_layout(self.planes)
 
     def payload_bytes(self, blocks_per_chunk: int) -> int:
         """Bytes of a payload of so many blocks."""
@@ -200,6 +203,11 @@ def _regular_until(mapped: Sequence[tuple[torch.Tensor, Plane]], start: int) -> 
             break
         end += 1
     return end
+
+
+def _payload_layout(planes: Sequence[Plane]) -> int:
+    sizes = b"".join(plane.block_bytes.to_bytes(8, "little") for plane in planes)
+    return int.from_bytes(hashlib.sha256(b"vcache/payload-layout/1" + sizes).digest()[:8], "little") or 1
 
 
 def _layout(named: Sequence[NamedTensor], axes: Sequence[int]) -> str:

@@ -146,7 +146,10 @@ class RetireItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Hello(Request, tag=1):
-    """Opens or renews a session. ``outstanding``: every reservation whose writer has not stopped, of any earlier term.
+    """Opens or renews a session. ``outstanding``: every reservation whose record is not committed in memory yet, of any term.
+
+    What is committed but was not told (or told to a server that is gone) is left out: the donor's scan finds it. Were it
+    claimed, and had it been found, evicted and retired under an earlier term, its commit would bring back what is not there.
 
     Under an unchanged term the server knows them already, and absence from the list settles nothing (a grant may be on its
     way); only a heartbeat's ``seen`` does.
@@ -181,8 +184,11 @@ class Goodbye(Request, tag=3):
 class RegisterSegment(Request, tag=4):
     """Gives a segment to the pool. ``attached``: live writers of this host that may hold grants in this memory.
 
-    Sent again with the same incarnation it is answered with the same number. The donor scans its directory only after the
-    answer: the server takes every commit it is told of before a registration for one that the scan will see.
+    Answered with the same number when sent again with the same incarnation. Each time, the donor scans its directory only
+    after the answer, and hands over what it finds: what a writer did before it said hello under this term, unknown to the
+    server, is seen by a scan that begins after that hello. A donor that was dropped while it lived (it is told
+    ``UNKNOWN_SESSION``, or finds that it went without a heartbeat for ``liveness_s``) first retires all committed records and
+    takes the next incarnation: some of them may have been removed.
     """
 
     segment_id: SegmentId
@@ -347,6 +353,9 @@ class Orders(Message, tag=65):
     gone: list[int]  # of the heartbeat's ``attached``: segments that are no more; unmap them
     retire: list[tuple[int, list[RetireItem]]]  # (segment number, records) for this donor to retire in memory
     probe: list[bytes]  # sessions of this host for this donor to prove dead
+    register_again: list[
+        int
+    ]  # segments to register (same incarnation), scan and hand over once more: see RegisterSegment
 
 
 class Registered(Message, tag=66):

@@ -54,7 +54,10 @@ class Registrar:
     def register(self, donor: Session, request: protocol.RegisterSegment) -> Segment:
         """*register*: takes a segment into the pool, its gate closed. Raises ``RefusalError``."""
         known = self._by_id.get(request.segment_id)
+        waiting = {name for name in request.attached if self._members.get(name) is None}
         if known is not None and known.info.incarnation == request.incarnation and known.donor == donor.id:
+            if known.gate is not None:
+                known.gate.begin_again(waiting)
             return known
         self._may_register(donor, request, known)
         if known is not None:
@@ -71,7 +74,6 @@ class Registrar:
             label=request.label,
         )
         self._next_number += 1
-        waiting = {name for name in request.attached if self._members.get(name) is None}
         segment = Segment(
             info,
             donor=donor.id,
@@ -174,8 +176,8 @@ class Registrar:
             self._catalog.reservations.add(claim)
         elif segment.gate is not None:
             holder = segment.holder(said.record)
-            if holder is not None and holder.generation == said.generation:
-                return  # memory says that it is committed: its writer has stopped
+            if said.generation in segment.gate.retired or (holder and holder.generation == said.generation):
+                return  # memory said that it was committed: its writer has stopped
             self._catalog.reservations.add(claim)
             self._attach(claim, segment)
         # else: the gate is open, so all that were attached have been heard of, and this one claims what is not its own
@@ -231,6 +233,8 @@ class Registrar:
         if not _is_inside(segment, item.record, item.offset, item.nbytes):
             raise ContradictionError(f"record {item.record}: an extent at {item.offset} of {item.nbytes} bytes")
         committed = (item.generation + 1) & ~1
+        if segment.gate is not None and committed in segment.gate.retired:
+            return 0  # scanned before it was retired
         holder = segment.holder(item.record)
         if holder is not None:
             if holder.generation != committed:
@@ -303,7 +307,9 @@ class Registrar:
 
     def open_if_ready(self, segment: Segment) -> None:
         """*gate opens*, when nothing is left to wait for."""
-        if segment.gate is None or not segment.gate.is_open:
+        if segment.gate is None or not segment.gate.is_ready:
+            if segment.gate is not None and segment.gate.wants_new_scan:
+                self._catalog.to_order[segment] = None
             return
         reservations = self._catalog.reservations
         for found in list(reservations.of_segment(segment.info.segment_id).values()):

@@ -72,6 +72,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     children: int  # entries and live reservations whose parent this is; 0 = a leaf
     holds: int = 0  # leases and pins: not a victim while there are any
     touched: int = 0  # the eviction policy's notion of time
+    packed: bytes = b""  # of rank 0's first placement: what most acquires want, three cache misses nearer
 
     def placements(self) -> Iterator[Placement]:
         for first in self.shards:
@@ -109,6 +110,11 @@ class Index:
                     break
         return found  # type: ignore[return-value]  # the first None and what follows were cut off
 
+    def count(self, keys: Sequence[bytes]) -> int:
+        """The length of the leading run of whole chunks, without a look at the entries themselves."""
+        found = list(map(self.whole.__contains__, keys))
+        return len(found) if all(found) else found.index(False)
+
     def create(self, key: bytes, parent: bytes, tenant: int, ranks: int) -> Entry:
         """A new entry without placements; the caller adds the first at once. It becomes its parent's child."""
         above = self.get(parent)
@@ -123,7 +129,7 @@ class Index:
         """One more placement of the entry's shard of ``rank``."""
         first = entry.shards[rank]
         placement = Placement(entry, segment, rank, packed, first)
-        entry.shards = (*entry.shards[:rank], placement, *entry.shards[rank + 1 :])
+        self._replace(entry, rank, placement)
         if first is not None:
             self.copies += 1
             return placement
@@ -140,7 +146,7 @@ class Index:
         for other in reversed(chain):
             other.next, first = first, other
         placement.next = None
-        entry.shards = (*entry.shards[:rank], first, *entry.shards[rank + 1 :])
+        self._replace(entry, rank, first)
         if first is not None:
             self.copies -= 1
             return None
@@ -153,6 +159,11 @@ class Index:
         if entry.children:
             self.orphans[entry.key] = entry.children
         return self.drop_child(entry.parent)
+
+    def _replace(self, entry: Entry, rank: int, first: Placement | None) -> None:
+        entry.shards = (*entry.shards[:rank], first, *entry.shards[rank + 1 :])
+        if rank == 0:
+            entry.packed = b"" if first is None else first.packed
 
     def add_child(self, parent: bytes) -> None:
         if not parent:

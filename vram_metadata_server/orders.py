@@ -24,10 +24,13 @@ class OrderDesk:
         room = MAX_ITEMS_PER_PAGE
         retire: list[tuple[int, list[RetireItem]]] = []
         probe: set[bytes] = set()
+        again: list[int] = []
         for number in session.segments:
             segment = segments[number]
             if segment.gate is not None:
                 probe |= segment.gate.waiting
+                if segment.gate.wants_new_scan:
+                    again.append(number)
             pending = [RetireItem(item.record, item.generation) for item in islice(segment.retiring.values(), room)]
             if pending:
                 retire.append((number, pending))
@@ -38,7 +41,7 @@ class OrderDesk:
         if session.segments:
             probe |= self._members.suspects(session.host)
         gone = [number for number in attached if number not in segments]
-        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE])
+        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again)
 
     def pushes(self) -> Iterator[tuple[bytes, Orders]]:
         """Orders that came up since they were last asked for."""
@@ -48,8 +51,9 @@ class OrderDesk:
             if not segment.unsent:
                 del self._catalog.to_order[segment]
             donor = self._members.get(segment.donor)
-            if donor is not None and page:
-                yield donor.route, Orders(0, self._term, [], [(segment.number, page)], [])
+            again = [segment.number] if segment.gate is not None and segment.gate.wants_new_scan else []
+            if donor is not None and (page or again):
+                yield donor.route, Orders(0, self._term, [], [(segment.number, page)] if page else [], [], again)
 
     def probes(self, host: bytes) -> Iterator[tuple[bytes, Orders]]:
         """Asks the donors of a host to prove its suspects dead, without waiting for their heartbeats."""
@@ -57,4 +61,4 @@ class OrderDesk:
         if suspects:
             for session in self._members:
                 if session.host == host and session.segments and not session.is_silent:
-                    yield session.route, Orders(0, self._term, [], [], suspects)
+                    yield session.route, Orders(0, self._term, [], [], suspects, [])

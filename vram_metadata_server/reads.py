@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 
 from vcache import protocol
 from vram_metadata_server.catalog import Catalog, key_text
@@ -34,21 +35,32 @@ class Reads:
 
     def lookup(self, session: Session, request: protocol.Lookup) -> tuple[int, int]:
         """The length of the leading run, and the lease on it (0: none was asked for or given)."""
-        run = self._run(request.keys)
-        if not run or not request.lease_s:
-            return len(run), 0
-        return len(run), self._lease(session, run, b"", request.lease_s)
+        keys = self._keys(request.keys)
+        if request.lease_s:
+            run = self._index.run(keys)
+            self._counters["hit_keys"] += len(run)
+            self._catalog.policy.touch(run)
+            return len(run), self._lease(session, run, b"", request.lease_s) if run else 0
+        hits = self._index.count(keys)
+        if hits:  # a run is kept as long as its last chunk is, and what is really read is acquired
+            self._counters["hit_keys"] += hits
+            self._catalog.policy.touch((self._index.whole[keys[hits - 1]],))
+        return hits, 0
 
     def acquire(self, session: Session, request: protocol.Acquire) -> tuple[int, bytes]:
         """The lease on the leading run, and a placement of the rank's shard of each of its chunks."""
-        run = self._run(request.keys)
+        run = self._index.run(self._keys(request.keys))
         rank = request.rank
-        if run and rank >= len(run[0].shards):
-            return 0, b""
+        if rank:
+            run = list(takewhile(lambda entry: rank < len(entry.shards), run))
         if self._index.copies:
             packed = b"".join([nearest(entry.shards[rank], session).packed for entry in run])  # type: ignore[arg-type]
-        else:
+        elif rank:
             packed = b"".join([entry.shards[rank].packed for entry in run])  # type: ignore[union-attr]
+        else:
+            packed = b"".join([entry.packed for entry in run])
+        self._counters["hit_keys"] += len(run)
+        self._catalog.policy.touch(run)
         lease = self._lease(session, run, packed, request.lease_s) if run else 0
         if not lease:
             return 0, b""
@@ -56,17 +68,13 @@ class Reads:
             log.debug("acquire %s..%s for %s", key_text(run[0].key), key_text(run[-1].key), session.name)
         return lease, packed
 
-    def _run(self, blob: bytes) -> list[Entry]:
+    def _keys(self, blob: bytes) -> Sequence[bytes]:
         keys = split_keys(blob)
         if len(self._tombstones):
             self._bury(keys)
-        run = self._index.run(keys)
-        counters = self._counters
-        counters["lookups"] += 1
-        counters["lookup_keys"] += len(keys)
-        counters["hit_keys"] += len(run)
-        self._catalog.policy.touch(run)
-        return run
+        self._counters["lookups"] += 1
+        self._counters["lookup_keys"] += len(keys)
+        return keys
 
     def _bury(self, keys: Sequence[bytes]) -> None:
         for key in keys:

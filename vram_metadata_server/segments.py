@@ -48,16 +48,34 @@ Holder = Placement | Reservation | Retiring
 
 
 class Gate:
-    """Why a segment grants nothing yet: the handover is not over, or writers of earlier terms have not been heard of."""
+    """Why a segment grants nothing yet: the handover is not over, or writers of earlier terms have not been heard of.
+
+    A writer may commit in memory, unknown to this server, until it says hello. So the last scan has to begin after the last
+    hello (``is_settled``): otherwise the donor is ordered to register again.
+    """
 
     def __init__(self, waiting: set[bytes]) -> None:
         self.handed_over = False
         self.waiting = waiting  # sessions: attached writers without a hello in this term, not proven dead
+        self.is_settled = not waiting  # nobody was waited for when the present scan began
+        self.retired: set[int] = set()  # generations retired meanwhile: a page may have been scanned before
         self.removals: list[Removal] = []  # to be answered only after the handover: it may bring what they remove
 
+    def begin_again(self, waiting: set[bytes]) -> None:
+        """The segment registers again: a new scan begins."""
+        self.handed_over = False
+        self.waiting = waiting
+        self.is_settled = not waiting
+
     @property
-    def is_open(self) -> bool:
-        return self.handed_over and not self.waiting
+    def is_ready(self) -> bool:
+        """Whether the gate may open."""
+        return self.handed_over and self.is_settled and not self.waiting
+
+    @property
+    def wants_new_scan(self) -> bool:
+        """Whether the handover is over and everybody was heard of, but some only after the scan had begun."""
+        return self.handed_over and not self.is_settled and not self.waiting
 
     def settle_removals(self) -> None:
         """The handover is over, or will never be."""
@@ -148,6 +166,8 @@ class Segment:
         if self.space is not None:
             self.space.free(item.offset, item.nbytes)
             self._free_records.append(item.record)
+        elif self.gate is not None:
+            self.gate.retired.add(item.generation)
 
     def open(self) -> None:
         """Opens the gate: from here on it grants. Raises ``OverlapError`` when extents in use share bytes."""

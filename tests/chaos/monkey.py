@@ -77,6 +77,11 @@ class Pool:
     def children(self) -> list[Child]:
         return [self.server, *self.donors, *self.workers]
 
+    def segment_ids(self) -> list[str]:
+        """Those of the donors that live, as far as they have begun to donate."""
+        said = [line for donor in self.donors for line in donor.printed if line.startswith("donating")]
+        return [line.rsplit(" ", 1)[1] for line in said]
+
     def stats(self) -> ServerStats | None:
         try:
             return fetch_stats(self.config, timeout_s=1.0)

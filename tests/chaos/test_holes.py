@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import secrets
 import signal
 import threading
+from pathlib import Path
 
 from tests.pool import conftest
 from tests.pool.payloads import PATIENCE_S, fill, load, new_keys, start_write, store, until
@@ -22,6 +25,7 @@ from vram_metadata_server.settings import ServiceSettings
 open_client, open_donor, quick = conftest.open_client, conftest.open_donor, conftest.quick
 HOST = b"the-one-host-016"
 DATA = 1 << 20
+_TGKILL = 234  # x86-64's system call: a signal for one thread of another process
 
 
 def segments_of(config: VCacheConfig) -> list[protocol.SegmentStats]:
@@ -175,3 +179,64 @@ def test_a_client_closed_while_the_server_was_away_closes_no_gate(quick, open_cl
     assert other.wait_available(60)
     until(lambda: "serving" in [segment.state for segment in segments_of(config)], "an open gate")
     assert load(other, keys) == 2
+
+
+def test_a_write_that_ends_after_its_client_was_closed_gives_its_space_back(quick, open_client, open_donor):
+    """Else a process that closes its engine while a store is under way would hold the space until its own end."""
+    config, _ = quick
+    open_donor(config)
+    writer = open_client(config)
+    keys = new_keys(2)
+    write = start_write(writer, keys)
+    writer.close()
+    fill(write, keys)
+    assert write.complete() == 2
+    until(lambda: not segments_of(config)[0].records_used, "the space is free")
+    assert writer.reserve(keys[0], parent=b"", rank=0, ranks=1, nbytes=1, tokens=1, tenant=0) is None
+
+
+def test_a_gate_opens_though_a_writer_says_hello_only_after_the_scan(quick, open_client, open_donor, processes):
+    config, server = quick
+    donor = open_donor(config)
+    writer = open_client(config)
+    keys = new_keys(3)
+    assert store(writer, keys) == 3
+    term = writer.term
+    hello, may_say_hello = writer.background._hello, threading.Event()
+    writer.background._hello = lambda now: hello(now) if may_say_hello.wait(0.05) else None
+    server.kill()
+    processes.server(config)
+    until(lambda: donor._client.term != term and donor.registered, "the donor's registration")
+    assert segments_of(config)[0].state == "gated"
+    may_say_hello.set()
+    until(lambda: segments_of(config)[0].state == "serving", "an open gate")
+    until(lambda: load(writer, keys) == 3, "the entries are back")
+    assert donor.registered
+
+
+def test_a_donor_with_the_shortest_deadline_does_not_take_its_own_pauses_for_a_suspension(
+    start_server, open_client, open_donor, processes
+):
+    """Else each restart of the server would empty the pool."""
+    config, server = start_server(server={"heartbeat_interval": 1.0, "liveness_timeout": 3.0})
+    donor = open_donor(config)
+    background = donor._client.background
+    server.kill()
+    seen = [background._last_loop]
+    until(lambda: seen.append(background._last_loop) or len(set(seen)) > 6, "some rounds without a server")
+    assert background._suspended_at is None
+
+
+def test_a_donor_ends_when_another_of_its_threads_takes_the_signal(server, config, processes):
+    """The kernel may give it to any, and does so just after a SIGCONT: the main thread's wait is not interrupted then."""
+    donor = processes.python("-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "2MiB", config=config)
+    donor.expect("donating")
+    term = 1 << (signal.SIGTERM - 1)
+    takers = [
+        int(task.name)
+        for task in Path(f"/proc/{donor.pid}/task").iterdir()
+        if int(task.name) != donor.pid
+        and not int(re.findall(r"SigBlk:\s+(\w+)", (task / "status").read_text())[0], 16) & term
+    ]
+    assert ctypes.CDLL(None).syscall(_TGKILL, donor.pid, takers[0], signal.SIGTERM) == 0
+    assert donor.wait() == 0

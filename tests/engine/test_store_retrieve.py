@@ -216,3 +216,13 @@ def test_chunks_are_moved_by_key_and_block(pool, open_engine):
     assert reading.complete() == 3
     second.release(found.lease)
     assert wrong_blocks(wanted, TOKENS, THERE, [False] * 8 + [True] * 24) == []
+
+
+def test_tensors_of_another_form_are_a_miss_although_the_models_are_described_alike(engine):
+    store(engine)
+    halves = {name: torch.zeros(2, 64, *tensor.shape[2:]).to(tensor) for name, tensor in new_tensors(64).items()}
+    result = engine.retrieve(TOKENS, kvcaches=halves, slot_mapping=slots_of(THERE))
+    assert not result.any()
+    assert not any(tensor.any() for tensor in halves.values())
+    assert engine.get_stats()["client_misfit_hits"] == 4
+    retrieve(engine, expect=loaded(32, 32))

@@ -35,9 +35,9 @@ def poke(segment: Segment, offset: int, data: bytes) -> None:
 
 
 def start_write(
-    client: PoolClient, keys: Sequence[ChunkKey], *, parent: bytes = b"", nbytes: int = NBYTES, pin_s: float = 0.0
+    client: PoolClient, keys: Sequence[ChunkKey], *, parent: bytes = b"", nbytes: int = NBYTES, **options
 ) -> PendingWrite:
-    return begin_write(client, keys, parent=parent, rank=0, ranks=1, nbytes=nbytes, tokens=256, tenant=0, pin_s=pin_s)
+    return begin_write(client, keys, parent=parent, rank=0, ranks=1, nbytes=nbytes, tokens=256, tenant=0, **options)
 
 
 def fill(write: PendingWrite, keys: Sequence[ChunkKey]) -> None:

@@ -254,7 +254,7 @@ def test_paged_kv_is_stored_and_loaded_block_by_block(pool):
     kv = PagedKV(caches, block_size=16, num_blocks=16)
     source, target = np.array([[3, 1], [7, 2]]), np.array([[10, 11], [12, 13]])
     keys = new_keys(2)
-    write = start_write(client, keys, nbytes=kv.payload_bytes(2))
+    write = start_write(client, keys, nbytes=kv.payload_bytes(2), layout=kv.payload_layout)
     write.copy_from(kv, source[write.granted])
     assert write.complete() == 2
     read = begin_read(client, keys, 0)

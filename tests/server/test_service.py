@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.server.world import Client, Donation, SegmentMemory, World, key
+from tests.server.world import Client, World, key
 from vcache.protocol import Outcome
 
 GRANTED, EXISTS, NO_SPACE, DECLINED = Outcome.GRANTED, Outcome.EXISTS, Outcome.NO_SPACE, Outcome.DECLINED

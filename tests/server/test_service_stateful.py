@@ -89,13 +89,13 @@ class Pool(RuleBasedStateMachine):
     @rule(pick=picks, messages_arrive=st.booleans())
     def kill(self, pick: int, messages_arrive: bool) -> None:
         client = self.one(pick, [c for c in self.world.clients if c.is_alive])
-        if client is not None:
+        if client is not None and pick % 2 == 0:
             client.kill(messages_arrive=messages_arrive)
 
     @rule(pick=picks)
     def goodbye(self, pick: int) -> None:
         client = self.one(pick, self.awake())
-        if client is not None:
+        if client is not None and pick % 4 == 0:
             client.goodbye()
 
     @rule()
@@ -104,9 +104,21 @@ class Pool(RuleBasedStateMachine):
         self.removals.clear()
         self.registered.clear()
 
+    @rule()
+    def restart_server_and_its_donors_are_quick(self) -> None:
+        self.restart_server()
+        self.donors_work()
+
     # --- writing --------------------------------------------------------------------------------------------------
 
-    @rule(pick=picks, name=chains, first=positions, count=st.integers(1, 3), rank=st.integers(0, 1), units=st.integers(1, 2))
+    @rule(
+        pick=picks,
+        name=chains,
+        first=positions,
+        count=st.integers(1, 3),
+        rank=st.integers(0, 1),
+        units=st.integers(1, 2),
+    )
     def reserve(self, pick: int, name: str, first: int, count: int, rank: int, units: int) -> None:
         client = self.one(pick, self.awake())
         if client is None:
@@ -125,6 +137,14 @@ class Pool(RuleBasedStateMachine):
             for _ in range(steps):
                 if write.said.generation in client.outstanding:
                     client.advance(write)
+
+    @rule(pick=picks, name=chains, first=positions, steps=st.integers(0, 3))
+    def begin_a_write(self, pick: int, name: str, first: int, steps: int) -> None:
+        self.reserve(pick, name, first, 1, pick % 2, 1)
+        client = self.one(pick, self.awake())
+        for write in list(client.outstanding.values())[-1:] if client is not None else ():
+            for _ in range(steps):
+                client.advance(write)
 
     @rule(pick=picks)
     def abort(self, pick: int) -> None:
@@ -266,7 +286,9 @@ class Pool(RuleBasedStateMachine):
         }
         other = World(SETTINGS)
         other.service = Service(SETTINGS, term=service.term + 1, wall_s=-1e9)
-        known = {(s.info.segment_id, r) for s in segments for r, h in enumerate(s.records) if not isinstance(h, Placement)}
+        known = {
+            (s.info.segment_id, r) for s in segments for r, h in enumerate(s.records) if not isinstance(h, Placement)
+        }
         for at, segment in enumerate(segments):
             memory = self.world.memories[segment.info.segment_id]
             copy = SegmentMemory(f"copy{at}", records=len(memory.records), units=len(memory.cells))
@@ -304,12 +326,10 @@ class Pool(RuleBasedStateMachine):
         """Left alone, with everybody awake, the pool comes to rest and every extent is accounted for."""
         for client in self.world.clients:
             client.is_suspended = False
-        for _, write in self.writes():
-            self.world.clients  # writers that stop doing anything keep what they have
-        self.world.pass_time(1.0)
-        for donation in self.donations():
-            donation.hand_over()
-        self.world.pass_time(12.0)
+        for _ in range(12):
+            self.world.pass_time(1.0)
+            for donation in self.donations():
+                donation.hand_over()
         self.world.settle()
         self.everything_holds()
         service = self.world.service

@@ -21,7 +21,13 @@ from vram_metadata_server.settings import ServiceSettings
 UNIT = 4096
 HOST = b"the-one-host-016"
 SETTINGS = ServiceSettings(
-    heartbeat_s=1.0, liveness_s=5.0, reservation_s=3.0, incomplete_s=8.0, max_lease_s=4.0, sweep_batch=3, eviction_batch=4
+    heartbeat_s=1.0,
+    liveness_s=5.0,
+    reservation_s=3.0,
+    incomplete_s=8.0,
+    max_lease_s=4.0,
+    sweep_batch=3,
+    eviction_batch=4,
 )
 
 
@@ -75,7 +81,9 @@ class Write:
 class Client:
     """A client process: its session, what it has outstanding, and its one-way messages that are still on their way."""
 
-    def __init__(self, world: World, name: str, *, device: str = "cpu:0", host: bytes = HOST, writes: bool = True) -> None:
+    def __init__(
+        self, world: World, name: str, *, device: str = "cpu:0", host: bytes = HOST, writes: bool = True
+    ) -> None:
         self.world = world
         self.name = name
         self.session = key(f"s-{name}")
@@ -134,7 +142,7 @@ class Client:
 
     def hello(self) -> None:
         self.term = 0
-        outstanding = [write.said for write in self.outstanding.values()]
+        outstanding = [write.said for write in self.outstanding.values() if write.step != "committed"]
         fields = (protocol.PROTOCOL_VERSION, self.host, self.name, self.device, self.writes, outstanding)
         welcome = self.call(protocol.Hello, *fields, socket="background")
         assert isinstance(welcome, protocol.Welcome), welcome
@@ -161,6 +169,9 @@ class Client:
 
     def obey(self, orders: protocol.Orders) -> None:
         self.world.probes.setdefault(self.name, set()).update(orders.probe)
+        for donation in self.donations:
+            if donation.number in orders.register_again and orders.term == self.term:
+                donation.is_to_register = True
         for number, items in orders.retire:
             for donation in self.donations:
                 if donation.number == number and orders.term == self.term:
@@ -190,7 +201,16 @@ class Client:
     def reserve(
         self, keys: list[bytes], *, parent: bytes = b"", rank: int = 0, ranks: int = 1, units: int = 1, **more: Any
     ) -> list[Outcome]:
-        fields = (parent, rank, ranks, units * UNIT, 256, more.get("tenant", 0), more.get("ttl_s", 0), more.get("pin_s", 0.0))
+        fields = (
+            parent,
+            rank,
+            ranks,
+            units * UNIT,
+            256,
+            more.get("tenant", 0),
+            more.get("ttl_s", 0),
+            more.get("pin_s", 0.0),
+        )
         reply = self.call(protocol.Reserve, b"".join(keys), *fields)
         if not isinstance(reply, protocol.Grants):
             return []
@@ -311,6 +331,7 @@ class Donation:
         self.number = 0
         self.orders: list[protocol.RetireItem] = []
         self.to_hand_over: list[RecordInfo] | None = None  # None: handed over
+        self.is_to_register = False
         donor.world.memories[memory.id] = memory
         donor.donations.append(self)
         if register:
@@ -336,19 +357,22 @@ class Donation:
             self.register(anew=True)
             return
         self.number = reply.number
-        self.to_hand_over = [] if anew else self.scan()
+        self.is_to_register = False
+        self.to_hand_over = self.scan()
 
     def scan(self) -> list[RecordInfo]:
         return [
             RecordInfo(
                 at, r.generation, r.key, r.parent, r.rank, r.ranks, r.tenant, r.offset, r.nbytes, 256, r.expires_s
-            )  # fmt: skip
+            )
             for at, r in enumerate(self.memory.records)
             if r.generation
         ]
 
     def hand_over(self, pages: int | None = None, page: int = 2) -> None:
-        """Hands over so many pages (default: all)."""
+        """Hands over so many pages (default: all), after registering again if that was ordered."""
+        if self.is_to_register:
+            self.register(anew=False)
         while self.to_hand_over is not None and pages != 0:
             items, rest = self.to_hand_over[:page], self.to_hand_over[page:]
             self.to_hand_over = rest or None
@@ -499,9 +523,9 @@ class World:
                 if write.step == "committed":
                     continue
                 for unit in write.memory.units_of(write.said.offset, write.said.nbytes):
-                    assert busy.setdefault((write.said.segment_id, unit), write.said.generation) == write.said.generation, (
-                        "two writers share an extent"
-                    )
+                    assert (
+                        busy.setdefault((write.said.segment_id, unit), write.said.generation) == write.said.generation
+                    ), "two writers share an extent"
         for segment in self.service.catalog.segments.values():
             memory = self.memories[segment.info.segment_id]
             for holder in segment.records:

@@ -62,7 +62,8 @@ def donate(
             pass
         if donor.registered:
             typer.echo(f"donating {size_text} of {device} to {config.endpoint} as segment {segment_id.hex()}")
-        told_to_end.wait()
+        while not told_to_end.wait(1.0):  # a signal that another thread takes does not interrupt a wait of this one
+            pass
         if not donor.close(CLOSE_TIMEOUT_S):
             logger.warning("the segment was still in use after %g s; its readers will see misses", CLOSE_TIMEOUT_S)
     finally:

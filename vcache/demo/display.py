@@ -101,14 +101,13 @@ def _bandwidth(name: str, figures: Bandwidth) -> str:
 
 def _verdict(report: DemoReport) -> Iterator[str]:
     second = report.engines[-1]
-    if report.reference is not None and second.ttft_s and report.reference.ttft_s:
-        ratio = report.reference.ttft_s / second.ttft_s
-        yield f"time to first token: {ratio:.1f} times shorter than without VCache"
-    what = "tokens generated" if report.reference is not None else "every byte"
-    if report.identical:
-        yield f"[green]identical[/]: {what} as without VCache"
-    else:
-        yield f"[red]NOT identical[/]: {what} should equal what comes out without VCache"
+    if report.reference is not None and second.ttft_s:
+        computing = [run.ttft_s for run in (report.reference, *report.engines[:-1]) if run.ttft_s]
+        yield f"time to first token: {min(computing) / second.ttft_s:.1f} times shorter than the faster of the runs that computed"
+    what = "the tokens generated are those of the run without VCache"
+    if report.reference is None:
+        what = "every byte loaded is the byte that was stored"
+    yield f"[green]identical[/]: {what}" if report.identical else f"[red]NOT identical[/]: it is not so that {what}"
     if report.loaded:
         yield f"[green]loaded[/]: {report.loaded} of {report.prompt_tokens} prompt tokens came from the segment on {second.source}"
     else:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, Protocol
 
 import zmq
@@ -25,7 +24,7 @@ from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.pool.mappings import Mappings
 from vcache.pool.runtime_dir import RuntimeDir
-from vcache.pool.session import Fate, Session
+from vcache.pool.session import Session
 from vcache.pool.wire import Socket, dealer, decoded
 from vcache.protocol import AnyReply, AnyRequest, Error, ErrorCode, Orders, Welcome
 
@@ -51,9 +50,6 @@ class Duty(Protocol):
 
     def on_orders(self, orders: Orders) -> None:
         """The server's orders, of the present term."""
-
-    def on_dead(self) -> None:
-        """A writer of this host is proven dead; the server is told so after this."""
 
     def on_gone(self, number: int) -> None:
         """The server has dropped a segment that this process has mapped, perhaps this donor's."""
@@ -139,11 +135,6 @@ class Background:
             self._next_heartbeat = 0.0
             self.wake()
 
-    def confirm_soon(self) -> None:
-        """Asks for the next heartbeat now: its answer confirms what the server was told."""
-        self._next_heartbeat = 0.0
-        self.wake()
-
     def end_session(self, epoch: int) -> None:
         """The server does not know the session of this epoch (any more): a hello is due."""
         if self._session.end(epoch):
@@ -218,7 +209,9 @@ class Background:
         due = self._next_heartbeat if self._session.term else max(self._next_hello, now)
         if not self._session.term and now >= self._next_hello:
             due = now + _MIN_HELLO_INTERVAL_S  # POLLOUT ends the pause
-        return max(0, min(int((due - now) * 1000) + 1, 1000))
+        # Well within what ``_notice_suspension`` takes for standing still, however few heartbeats make up the deadline.
+        longest_s = min(1.0, (self._liveness_s - 2 * self._heartbeat_s) / 2)
+        return max(0, min(int((due - now) * 1000) + 1, int(longest_s * 1000)))
 
     def _notice_suspension(self) -> None:
         now = _boot_time()
@@ -296,7 +289,7 @@ class Background:
         self._session.open(welcome)
         self._count("sessions_opened")
         logger.info("session %s is open in term %d", self._session.id.hex(), welcome.term)
-        self._tell_fates()
+        self._tell_commits()
         was_suspended, self._suspended_at = self._suspended_at is not None, None
         self._next_hello = self._next_heartbeat = 0.0
         if self._maps_ahead:
@@ -306,12 +299,11 @@ class Background:
                 duty.on_session(was_suspended=was_suspended)
         self.available.set()
 
-    def _tell_fates(self) -> None:
-        """What the calls' socket could not tell, or told a server that may have been dead already."""
-        for fate, kind in ((Fate.COMMITTED, protocol.Commit), (Fate.ABORTED, protocol.Abort)):
-            untold = self._session.untold(fate)
-            if untold and self._send(partial(kind, generations=untold)):
-                self._session.told(untold, fate, time.monotonic())
+    def _tell_commits(self) -> None:
+        """Commits that the calls' socket could not send."""
+        untold = self._session.untold()
+        if untold and self._send(lambda id_, session, term: protocol.Commit(id_, session, term, untold)):
+            self._session.settled(untold)
 
     def _refused(self, error: Error) -> None:
         if error.code in (ErrorCode.STALE_TERM, ErrorCode.UNKNOWN_SESSION):
@@ -327,7 +319,7 @@ class Background:
     def _heartbeat(self, now: float) -> None:
         numbers = {(info.segment_id, info.incarnation): info.number for info in self._session.infos()}
         mapped = [numbers[identity] for identity in self._mappings.mapped() if identity in numbers]
-        self._tell_fates()
+        self._tell_commits()
         seen, outstanding = self._session.evidence()
         dead, self._dead = self._dead, set()
         self._told_dead = dead
@@ -352,7 +344,6 @@ class Background:
     def _ordered(self, orders: Orders) -> None:
         sent = self._heartbeat_ids.pop(orders.id, None)
         if sent is not None:
-            self._session.confirm(sent)
             for older in [other for other, at in self._heartbeat_ids.items() if at <= sent]:
                 del self._heartbeat_ids[older]
             if self._suspended_at is not None and sent > self._suspended_at:
@@ -364,9 +355,6 @@ class Background:
             if session not in self._dead and self._is_dead(session):
                 logger.info("writer %s is proven dead", session.hex())
                 self._dead.add(session)
-                for duty in self._duties:
-                    with self._surviving("a writer's death"):
-                        duty.on_dead()
         if self._dead - self._told_dead:
             self._next_heartbeat = 0.0
         for duty in self._duties:
@@ -411,7 +399,7 @@ class Background:
     def _goodbye(self) -> None:
         if not self._session.term or self._session.is_writing:
             return  # a writer may still be at work: only its death, or a later hello, would prove otherwise
-        self._tell_fates()
+        self._tell_commits()
         self._send(protocol.Goodbye)
         self._socket.linger = _GOODBYE_LINGER_MS
 

@@ -21,7 +21,7 @@ from vcache import protocol
 from vcache.errors import ProtocolError, UnavailableError
 from vcache.failures import FailureLog
 from vcache.pool.background import Background, MakeRequest
-from vcache.pool.session import Fate, Session
+from vcache.pool.session import Session
 from vcache.pool.wire import Socket, decoded
 from vcache.protocol import AnyReply, Error, ErrorCode, Grants, Hits, Placements
 
@@ -39,11 +39,11 @@ _CLOSE_LINGER_MS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class OneWay:
-    """A message without a reply. ``stopped``: grants whose fate it tells; if it cannot be told now, it will be later."""
+    """A message without a reply. ``settles``: grants it tells of. ``is_commit``: to be told later if it cannot be now."""
 
     make: MakeRequest
-    stopped: Sequence[int] = ()
-    fate: Fate = Fate.ABORTED
+    settles: Sequence[int] = ()
+    is_commit: bool = False
 
 
 class Calls:
@@ -216,14 +216,8 @@ class Calls:
                     is_sent = True
                 except zmq.Again:
                     self._count("unsent_messages")
-            if not message.stopped:
-                continue
-            if is_sent:
-                self._session.told(message.stopped, message.fate, time.monotonic())
-                if self._session.is_crowded:
-                    self._background.confirm_soon()
-            else:
-                self._session.stopped(message.stopped, message.fate)
+            if is_sent or not message.is_commit:  # an abort tells itself: no heartbeat names the grant any more
+                self._session.settled(message.settles)
 
     # --- without it -----------------------------------------------------------------------------------------------
 

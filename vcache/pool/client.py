@@ -26,7 +26,6 @@ from vcache.pool.session import (
     PLACEMENT_DTYPE,
     RESERVATION_WIRE_BYTES,
     Acquired,
-    Fate,
     Granted,
     PlacementArray,
     Session,
@@ -59,6 +58,7 @@ COUNTERS: Final = {
     "sessions_lost": "sessions that the server did not know any more, mostly since it was restarted",
     "failures": "failures in the background thread",
     "unmapped_hits": "hits in segments that this process cannot map: not served",
+    "misfit_hits": "hits whose payload has another size or layout than the tensors asked for: not served",
     "unmapped_grants": "grants in segments that this process cannot map: given back",
     "refused_marks": "grants whose record was not free in memory: given back",
     "lost_writes": "writes whose record was no longer the writer's at the commit",
@@ -205,11 +205,9 @@ class PoolClient:
         if self._alive is None:
             raise ValueError("writes = False: a client that reserves must be made with writes=True")
         count = len(keys) // KEY_BYTES
-        if self.session.room < count:
-            self.background.confirm_soon()
-            if self.session.room <= 0:
-                self.count("calls_skipped")
-                return None
+        if self.session.room <= 0:
+            self.count("calls_skipped")
+            return None
         sent: list[protocol.Reserve] = []
 
         def make(id_: int, session: bytes, term: int) -> protocol.Reserve:
@@ -223,11 +221,15 @@ class PoolClient:
         return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))
 
     def commit(self, generations: Sequence[int]) -> None:
-        """Tells the server that these records are committed in memory. Never waits; without a session it is told later."""
+        """Tells the server that these records are committed in memory. Never waits; without a session it is told later.
+
+        To be called as soon as they are: from then on the server finds them in memory, not among what this client holds.
+        """
         if generations:
+            self.session.committed(generations)
             told = list(generations)
             self._tell(
-                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, Fate.COMMITTED)
+                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, is_commit=True)
             )
 
     def abort(self, generations: Sequence[int]) -> None:

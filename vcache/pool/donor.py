@@ -14,11 +14,8 @@ import logging
 import threading
 from collections.abc import Iterator
 from enum import Enum
-from functools import partial
 from itertools import islice
 from typing import Final
-
-import numpy as np
 
 from vcache import protocol
 from vcache.config import VCacheConfig
@@ -43,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 #: A record in a handover takes less than this on the wire.
 _RECORD_WIRE_BYTES: Final = 160
-#: The server's generations begin at its term, shifted by this: those of earlier terms are lower.
-_TERM_BITS: Final = 20
 
 
 class State(Enum):
@@ -77,11 +72,10 @@ class Donor:
         self._state = State.WAITING
         self._number = 0
         self._term = 0  # of the last registration
-        self._is_ahead = False  # the segment has begun an incarnation that no server knows yet
+        self._is_ahead = False  # the segment began a new incarnation in the present session
         self._pages: Iterator[RecordInfo] = iter(())
         self._sent: tuple[list[RecordInfo], bool] = ([], False)
         self._page_is_lost = False
-        self._handed = np.zeros(self.segment.records, dtype=np.uint64)  # generations, by record
         self._registered = threading.Event()
         self._drained = threading.Event()
         self._drain_asked = False
@@ -132,6 +126,7 @@ class Donor:
     def on_session(self, *, was_suspended: bool) -> None:
         self._registered.clear()
         self._number = 0
+        self._is_ahead = False
         if self._term == self._background.term or (self._term and was_suspended):
             self._begin_incarnation()
         if self._state is not State.CLOSED:
@@ -140,32 +135,6 @@ class Donor:
     def on_gone(self, number: int) -> None:
         if number == self._number and self._state in (State.HANDING_OVER, State.SERVING):
             self._dropped("the server dropped it")
-
-    def on_dead(self) -> None:
-        """What a dead writer did between the scan for this server and its death is handed over, too.
-
-        The server knows nothing of it: the writer never said hello to it. A living one names it in its hello.
-        """
-        if self._number and self._state in (State.HANDING_OVER, State.SERVING):
-            late = self._late_records()
-            while items := list(islice(late, self._page)):
-                self._background.request(
-                    partial(protocol.Handover, number=self._number, items=items, last=False), self._on_late_page
-                )
-
-    def _late_records(self) -> Iterator[RecordInfo]:
-        """Records granted in earlier terms that are not as they were handed over."""
-        held = self.segment.directory.generations()
-        granted_before = held < np.uint64(self._term << _TERM_BITS)
-        for record in np.flatnonzero((held != 0) & granted_before & (held != self._handed)).tolist():
-            item = self.segment.directory.info(record)
-            if item is not None and item.nbytes:
-                self._handed[record] = item.generation
-                yield item
-
-    def _on_late_page(self, reply: AnyReply | None) -> None:
-        if isinstance(reply, Error):
-            self._refused("hand over", reply)
 
     def on_tick(self) -> None:
         if self._drain_asked and not self._drained.is_set():
@@ -176,6 +145,8 @@ class Donor:
             self._send_page()  # or it was only late: a page sent twice is harmless
 
     def on_orders(self, orders: Orders) -> None:
+        if self._number in orders.register_again and self._state is State.SERVING:
+            self._state = State.WAITING  # writers have been heard of that were at work when the last scan began
         for number, items in orders.retire:
             if number == self._number and self._state is not State.CLOSED:
                 self._retire(number, items)
@@ -223,10 +194,8 @@ class Donor:
         if isinstance(reply, Registered):
             self._number, self._term = reply.number, reply.term
             self._state = State.HANDING_OVER
-            if self._is_ahead:  # what was committed since the new incarnation began belongs to the one before
+            if self._is_ahead:  # nothing is granted yet: what is committed was granted in the incarnation before
                 self.segment.retire_committed()
-                self._is_ahead = False
-            self._handed[:] = 0
             self._pages = self._records()  # only now: what commits from here on is told to this server
             self._next_page()
         elif isinstance(reply, Error) and reply.code is ErrorCode.UNKNOWN_SEGMENT:
@@ -250,8 +219,6 @@ class Donor:
 
     def _next_page(self) -> None:
         items = list(islice(self._pages, self._page))
-        for item in items:
-            self._handed[item.record] = item.generation
         self._sent = (items, len(items) < self._page)
         self._send_page()
 

@@ -92,13 +92,18 @@ class PendingRead:
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
         """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; on a GPU, enqueues it on the current stream.
 
-        A payload of another size than these blocks ends the run before it. Raises ``ValueError`` for bad block ids.
+        A payload of another size than these blocks, or gathered from planes of another form, ends the run before it: two
+        processes that describe their models alike may hold KV in different ways. Raises ``ValueError`` for bad block ids.
         """
         from vcache.transfer import scatter  # loads torch
 
-        fits = self.placements["nbytes"] == kv.payload_bytes(block_ids.shape[1]) if self.hits else np.empty(0, bool)
+        fits = (self.placements["nbytes"] == kv.payload_bytes(block_ids.shape[1])) & self._have_layout(
+            kv.payload_layout
+        )
         if not fits.all():
-            self.placements = self.placements[: int(np.argmin(fits))]
+            fitting = int(np.argmin(fits))
+            self._client.count("misfit_hits", self.hits - fitting)
+            self.placements = self.placements[:fitting]
         threads = self._client.config.transfer.threads
         self.copy_with(
             lambda segment, chunks, offsets: scatter(kv, block_ids[chunks], segment.tensor, offsets, threads=threads)
@@ -128,6 +133,13 @@ class PendingRead:
             finally:
                 self._end(invalid)
         return self._valid
+
+    def _have_layout(self, layout: int) -> npt.NDArray[np.bool_]:
+        same = np.zeros(self.hits, dtype=np.bool_)
+        for number, use in self._uses:
+            chunks = np.flatnonzero(self.placements["segment"] == number)
+            same[chunks] = use.segment.layouts(self.placements["record"][chunks].astype(np.int64)) == layout
+        return same
 
     def _validated(self) -> npt.NDArray[np.bool_]:
         valid = np.zeros(self.hits, dtype=np.bool_)

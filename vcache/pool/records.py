@@ -20,7 +20,7 @@ from vcache.protocol import KEY_BYTES, RecordInfo
 RECORD_BYTES: Final = 128
 RECORD_WORDS: Final = RECORD_BYTES // 8
 
-# Words of a record. 11 to 13 are reserved (0).
+# Words of a record. 12 and 13 are reserved (0).
 KEY: Final = 0  # and 1
 PARENT: Final = 2  # and 3; 0 = none
 TENANT: Final = 4
@@ -30,6 +30,7 @@ SHAPE: Final = 7  # tokens (32 bits), rank (16), ranks (16), from the lowest bit
 CODEC: Final = 8  # codec (32 bits; 0 = plain), time to live in seconds (32)
 PAYLOAD_CHECKSUM: Final = 9  # 0 = none; outside CHECKSUM, since it is known only after the payload
 EXPIRES: Final = 10  # unix seconds; 0 = never
+LAYOUT: Final = 11  # ``PagedKV.payload_layout`` of the planes it was gathered from; 0 = not said
 CHECKSUM: Final = 14  # over 0-8, 10-13 and the even generation: a commit then changes one word only
 GENERATION: Final = 15
 
@@ -54,6 +55,7 @@ class RunFields:
     ttl_s: int = 0
     expires_s: int = 0
     codec: int = 0
+    layout: int = 0
 
 
 def even(generation: int) -> int:
@@ -85,6 +87,7 @@ def pack(
     rows[:, SHAPE] = run.tokens | run.rank << 32 | run.ranks << 48
     rows[:, CODEC] = run.codec | run.ttl_s << 32
     rows[:, EXPIRES] = run.expires_s
+    rows[:, LAYOUT] = run.layout
     rows[:, GENERATION] = generations
     rows[:, CHECKSUM] = checksums(rows)
     return rows
@@ -158,17 +161,6 @@ class Directory:
         """0 free, odd while a writer is at work, even once committed."""
         return self._words.load(self._word(record) + GENERATION)
 
-    def generations(self) -> WordArray:
-        """``generation`` of every record, each as of one instant during the call."""
-        return self._words.load_each(self._first + np.arange(self.count) * RECORD_WORDS + GENERATION)
-
-    def info(self, record: int) -> RecordInfo | None:
-        """What ``scan`` would say of one record; ``None`` when it is free."""
-        rows, whole = self.rows(record, 1)
-        if not rows[0, GENERATION]:
-            return None
-        return _info(record, rows[0]) if whole[0] else _unsettled(record, rows[0])
-
     def matches(self, records: IndexArray, generations: WordArray, keys: WordArray) -> npt.NDArray[np.bool_]:
         """Which records hold exactly this (even) generation and key ``[n, 2]``. To be asked *after* a copy.
 
@@ -178,6 +170,10 @@ class Directory:
         held = self._words.load_each(base[:, None] + np.array([KEY, KEY + 1, GENERATION]))
         valid: npt.NDArray[np.bool_] = (held[:, 2] == generations) & (held[:, :2] == keys).all(axis=1)
         return valid
+
+    def layouts(self, records: IndexArray) -> WordArray:
+        """The layout word of each record: that of an entry which ``matches`` proves to have been there all the while."""
+        return self._words.load_each(self._first + records * RECORD_WORDS + LAYOUT)
 
     def rows(self, start: int, count: int) -> tuple[WordArray, npt.NDArray[np.bool_]]:
         """Records as ``[count, 16]`` words, and which of them are whole: free, or with a checksum that agrees.

@@ -147,6 +147,9 @@ class Segment:
     def matches(self, records: IndexArray, generations: WordArray, keys: WordArray) -> npt.NDArray[np.bool_]:
         return self.directory.matches(records, generations, keys)
 
+    def layouts(self, records: IndexArray) -> WordArray:
+        return self.directory.layouts(records)
+
     def scan(self) -> Iterator[RecordInfo]:
         return self.directory.scan()
 

@@ -4,10 +4,8 @@ What a client says it holds is *evidence*: a restarted server gives those extent
 named. So grants are taken, and told, under one lock: between the end of a term and the hello that opens the next, no grant
 of the old term is accepted, whenever its reply comes in.
 
-And what was told to a server that died then is told again. A donor may have scanned its records for the next server while
-the writer had not yet marked its own; if that writer then finished, and its word went to the dead server, nobody would know
-of the record. So a commit or an abort is remembered until the server answers a heartbeat sent after it: that server was alive
-when the writer had stopped, and every scan for a later one comes later.
+What is committed in memory is not held any more: a restarted server learns of it from its donor, whose last scan begins after
+the last hello.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Final
 
 import numpy as np
@@ -54,33 +51,12 @@ class Granted:
     infos: dict[int, SegmentInfo]
 
 
-class Fate(Enum):
-    """What became of a grant whose writer has stopped."""
-
-    COMMITTED = "committed"
-    ABORTED = "aborted"
-
-
-@dataclass(slots=True)
-class _Told:
-    """A fate that some server was told of, and when."""
-
-    reservation: Reservation
-    fate: Fate
-    at: float
-
-
 @dataclass(slots=True)
 class _Held:
-    """What this client has been granted and not given back.
-
-    ``untold``: outstanding, though their writer has stopped: the server is still to be told. ``told``: not outstanding, but
-    not confirmed either.
-    """
+    """What this client has been granted and not given back. ``untold``: committed in memory, the server does not know."""
 
     outstanding: dict[int, Reservation] = field(default_factory=dict)
-    untold: dict[int, Fate] = field(default_factory=dict)
-    told: dict[int, _Told] = field(default_factory=dict)
+    untold: set[int] = field(default_factory=set)
     leases: set[int] = field(default_factory=set)
     seen: int = 0
 
@@ -108,19 +84,15 @@ class Session:
                 return False
             self.term = 0
             self._infos = {}
-            held = self._held
-            held.leases.clear()
-            for generation, told in held.told.items():
-                held.outstanding[generation] = told.reservation
-                held.untold[generation] = told.fate
-            held.told.clear()
+            self._held.leases.clear()
             return True
 
     def outstanding(self) -> list[Reservation]:
-        """For a hello. To be asked while there is no session: then nothing is added to it."""
+        """What is not committed in memory yet, for a hello. To be asked while there is no session: then nothing is added."""
         with self._lock:
             assert not self.term, "a hello renews a session that has ended"
-            return list(self._held.outstanding.values())
+            held = self._held
+            return [said for generation, said in held.outstanding.items() if generation not in held.untold]
 
     def open(self, welcome: Welcome) -> None:
         """The server's answer to the hello."""
@@ -227,40 +199,25 @@ class Session:
 
     @property
     def room(self) -> int:
-        """How many more grants a hello could name, if it came to that."""
-        return self._max_named - len(self._held.outstanding) - len(self._held.told)
+        """How many more grants a hello could name."""
+        return self._max_named - len(self._held.outstanding)
 
-    @property
-    def is_crowded(self) -> bool:
-        """Whether room is running out, and a heartbeat would make some."""
-        return self.room < self._max_named // 2 and bool(self._held.told)
-
-    def stopped(self, generations: Iterable[int], fate: Fate) -> None:
-        """Their writer has stopped, but the server cannot be told now: they stay outstanding until it was."""
+    def committed(self, generations: Iterable[int]) -> None:
+        """Their records are committed in memory. A hello does not name them any more; heartbeats do until the server is told."""
         with self._lock:
-            held = self._held
-            held.untold.update((generation, fate) for generation in generations if generation in held.outstanding)
+            self._held.untold.update(self._held.outstanding.keys() & set(generations))
 
-    def told(self, generations: Iterable[int], fate: Fate, now: float) -> None:
-        """Their writer has stopped, and the server of the present term was told so."""
+    def settled(self, generations: Iterable[int]) -> None:
+        """Their writer has stopped, and the server was told so or will miss them among what is outstanding."""
         with self._lock:
-            held = self._held
             for generation in generations:
-                reservation = held.outstanding.pop(generation, None)
-                held.untold.pop(generation, None)
-                if reservation is not None:
-                    held.told[generation] = _Told(reservation, fate, now)
+                self._held.outstanding.pop(generation, None)
+                self._held.untold.discard(generation)
 
-    def confirm(self, sent: float) -> None:
-        """The server has answered a heartbeat that was sent at ``sent``: what it was told before needs no memory."""
+    def untold(self) -> list[int]:
+        """Generations committed in memory that the server is still to be told of."""
         with self._lock:
-            held = self._held
-            held.told = {generation: told for generation, told in held.told.items() if told.at > sent}
-
-    def untold(self, fate: Fate) -> list[int]:
-        """Generations of which the server is still to be told this."""
-        with self._lock:
-            return [generation for generation, became in self._held.untold.items() if became is fate]
+            return list(self._held.untold)
 
     def evidence(self) -> tuple[int, list[int]]:
         """(highest generation seen in this term, generations outstanding), for a heartbeat."""
@@ -271,7 +228,7 @@ class Session:
     def is_writing(self) -> bool:
         """Whether a writer may still be at work."""
         with self._lock:
-            return not self._held.outstanding.keys() <= self._held.untold.keys()
+            return not self._held.outstanding.keys() <= self._held.untold
 
     def _saw(self, term: int, placements: PlacementArray) -> None:
         if term == self._last_term and len(placements):

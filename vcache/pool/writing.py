@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,13 +46,15 @@ def begin_write(
     tenant: int,
     ttl_s: int = 0,
     pin_s: float = 0.0,
+    layout: int = 0,
 ) -> PendingWrite:
     """Reserves space for those of ``keys`` that the pool has not, and marks their records. One round trip.
 
-    ``parent``: the key before the first (empty: none); ``nbytes``: of each payload; ``tokens``: of each chunk. Never raises
-    because something is unavailable: nothing is granted then. The answer must be completed or aborted.
+    ``parent``: the key before the first (empty: none); ``nbytes``: of each payload; ``tokens``: of each chunk; ``layout``:
+    ``PagedKV.payload_layout`` of the planes, without which ``PendingRead.copy_to`` takes no payload. Never raises because
+    something is unavailable: nothing is granted then. The answer must be completed or aborted.
     """
-    write = PendingWrite(client, keys, parent, RunFields(tenant, rank, ranks, tokens, ttl_s), nbytes)
+    write = PendingWrite(client, keys, parent, RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout), nbytes)
     if keys:
         write.reserve(pin_s)
         try:
@@ -127,6 +130,8 @@ class PendingWrite:
         payload_bytes = kv.payload_bytes(block_ids.shape[1])
         if payload_bytes != self.nbytes:
             raise ValueError(f"block_ids: chunks of {payload_bytes} bytes, {self.nbytes} were reserved for each")
+        if kv.payload_layout != self._run.layout:
+            raise ValueError("kv: its payload_layout is not the layout that the records were marked with")
         threads = self._client.config.transfer.threads
         self.copy_with(
             lambda segment, chunks, offsets: gather(kv, block_ids[chunks], segment.tensor, offsets, threads=threads)
@@ -150,6 +155,7 @@ class PendingWrite:
                 self._committed.append(generation)
             else:
                 lost[index] = True
+        self._client.session.committed(self._committed)
         self._give_back(lost, "lost_writes")
 
     def tell(self) -> None:
@@ -221,8 +227,7 @@ class PendingWrite:
         before = key_words((self._parent or bytes(KEY_BYTES)) + b"".join(self._keys[:-1]))
         run = self._run
         if run.ttl_s:
-            expires_s = int(time.time()) + run.ttl_s
-            run = RunFields(run.tenant, run.rank, run.ranks, run.tokens, run.ttl_s, expires_s)
+            run = replace(run, expires_s=int(time.time()) + run.ttl_s)
         return pack(
             run,
             keys=keys[self.granted],

@@ -1,0 +1,574 @@
+"""The segment protocol (DESIGN, rules 2 to 6) as a state machine small enough to be searched whole.
+
+One segment, its donor, some writers that each store one chunk, one reader and the server. Every step that some process takes
+alone is one transition, so any process may be suspended between any two of its steps, any message may be late, and time (a
+deadline) may strike whenever it likes. ``Variant`` says which rules are in force: with all of them no state breaks a promise
+(``violation``), without any one of them some state does.
+
+The server's code takes the same steps under the same names (``vram_metadata_server/writes.py``, ``handover.py``,
+``catalog.py``, ``removes.py``). Left out: several segments and ranks, sizes, eviction's choice, leases (they bound waiting,
+not safety).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+FREE = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How large the world is, how often what goes wrong may go wrong, and which rules hold (all, by default)."""
+
+    keys: tuple[str, ...] = ("A", "B")  # one writer each
+    records: int = 2
+    cells: int = 1
+    evictions: int = 1
+    removals: int = 0
+    restarts: int = 1
+    kills: int = 1
+    silences: int = 0  # how often the donor is dropped because it was silent, though it lives
+    # The rules. Each is False in some test that shows what it is for.
+    extents_return_on_evidence: bool = True  # rule 4; otherwise when the deadline has passed
+    gate_waits_for_writers: bool = True  # rule 5; otherwise only for the last page of the handover
+    scans_after_hellos: bool = True  # a handover that began before the last hello is repeated before the gate opens
+    retires_before_reuse: bool = True  # rule 3; otherwise an evicted extent may be granted at once
+    answers_removals_late: bool = True  # "removed means gone"; otherwise answered before memory says so
+    validates_after_copy: bool = True  # rule 2
+    heartbeats_say_seen: bool = True  # otherwise absence settles also a grant that is still on its way
+    claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
+    retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
+
+
+class Record(NamedTuple):
+    generation: int  # 0 = free, odd = a writer at work, even = committed
+    key: str
+    cell: int
+
+
+class Writer(NamedTuple):
+    """``at``: idle, asked (grant on its way), granted, marked, written, committed, sent (commit on its way), done."""
+
+    at: str
+    key: str
+    term: int  # of its last hello
+    generation: int = 0
+    record: int = -1
+    cell: int = -1
+    incarnation: int = 0
+    is_alive: bool = True
+
+    @property
+    def is_outstanding(self) -> bool:
+        return self.at in ("granted", "marked", "written", "committed")
+
+    @property
+    def may_touch(self) -> bool:
+        return self.is_alive and self.at in ("asked", "granted", "marked", "written")
+
+
+class Reservation(NamedTuple):
+    generation: int
+    writer: int
+    key: str
+    record: int
+    cell: int
+    incarnation: int
+    is_live: bool
+    is_stopped: bool = False
+
+
+class Placement(NamedTuple):
+    key: str
+    record: int
+    generation: int
+    cell: int
+
+
+class Retire(NamedTuple):
+    record: int
+    generation: int
+    cell: int
+    key: str
+
+
+class Donor(NamedTuple):
+    term: int  # of its registration
+    incarnation: int = 1
+    was_dropped: bool = False  # silent for too long: it knows, by its own clock or because the server says so
+    pages: tuple[tuple[int, Record], ...] | None = None  # scanned, not yet handed over
+    done: frozenset[Retire] = frozenset()  # retired in memory, not yet told
+
+
+class Server(NamedTuple):
+    term: int = 1
+    next_generation: int = 2
+    index: frozenset[Placement] = frozenset()
+    reservations: frozenset[Reservation] = frozenset()
+    retiring: frozenset[Retire] = frozenset()
+    incarnation: int = 0  # of the registered segment; 0 = none is
+    is_settled: bool = False  # at the registration every attached writer had said hello
+    is_handed_over: bool = False
+    is_open: bool = False
+    waiting: frozenset[int] = frozenset()  # attached writers without a hello in this term
+    retired: frozenset[int] = frozenset()  # generations retired since the registration, while the gate is closed
+    known: frozenset[int] = frozenset()  # writers that said hello in this term
+    removal: tuple[str, frozenset[int], bool] | None = None  # key, generations it waits for, and for the handover
+    removed_below: tuple[str, int] | None = None  # what a later handover may not bring back
+
+
+class Reader(NamedTuple):
+    at: str = "idle"  # idle, acquired, (checked,) copied, served
+    placement: Placement | None = None
+    copied: str = ""
+
+
+class State(NamedTuple):
+    records: tuple[Record, ...]
+    cells: tuple[str, ...]
+    writers: tuple[Writer, ...]
+    donor: Donor
+    server: Server
+    reader: Reader
+    evictions: int
+    removals: int
+    restarts: int
+    kills: int
+    silences: int
+    gone: frozenset[int] = frozenset()  # generations whose removal was answered
+
+
+Steps = Iterator[tuple[str, State]]
+
+
+def start(variant: Variant) -> State:
+    return State(
+        records=(Record(FREE, "", -1),) * variant.records,
+        cells=("",) * variant.cells,
+        writers=tuple(Writer("idle", key, 1) for key in variant.keys),
+        donor=Donor(1),
+        server=Server(
+            incarnation=1, is_settled=True, is_handed_over=True, is_open=True, known=frozenset(range(len(variant.keys)))
+        ),
+        reader=Reader(),
+        evictions=variant.evictions,
+        removals=variant.removals,
+        restarts=variant.restarts,
+        kills=variant.kills,
+        silences=variant.silences,
+    )  # fmt: skip
+
+
+def steps(state: State, variant: Variant) -> Steps:
+    """Every step that some process may take now."""
+    for number, writer in enumerate(state.writers):
+        yield from _writer_steps(state, variant, number, writer)
+        yield from _evidence_steps(state, variant, number, writer)
+    yield from _time_steps(state, variant)
+    yield from _donor_steps(state, variant)
+    yield from _server_steps(state, variant)
+    yield from _reader_steps(state, variant)
+
+
+# --- a write ------------------------------------------------------------------------------------------------------------
+
+
+def _writer_steps(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    if not writer.is_alive:
+        if writer.at == "sent":
+            yield from _commit_arrives(state, variant, number, writer)
+        return
+    name = f"writer {writer.key}"
+    if writer.at == "idle":
+        yield from _reserve(state, variant, number, writer)
+    elif writer.at == "asked":
+        if writer.term == state.server.term:
+            yield f"{name}: grant arrives", _move(state, number, writer, "granted")
+    elif writer.at == "granted":
+        marked = Record(writer.generation - 1, writer.key, writer.cell)
+        yield f"{name}: marks", _move(_record(state, writer.record, marked), number, writer, "marked")
+    elif writer.at == "marked":
+        cells = _put(state.cells, writer.cell, writer.key)
+        yield f"{name}: writes its payload", _move(state._replace(cells=cells), number, writer, "written")
+    elif writer.at == "written":
+        committed = Record(writer.generation, writer.key, writer.cell)
+        yield f"{name}: commits in memory", _move(_record(state, writer.record, committed), number, writer, "committed")
+    elif writer.at == "committed":
+        yield f"{name}: sends its commit", _move(state, number, writer, "sent")
+    elif writer.at == "sent":
+        yield from _commit_arrives(state, variant, number, writer)
+    if writer.at == "granted":
+        yield from _abort_told(state, variant, number, writer)
+
+
+def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    server = state.server
+    if not server.is_open or writer.term != server.term:
+        return
+    if any(p.key == writer.key for p in server.index) or any(
+        r.is_live and r.key == writer.key for r in server.reservations
+    ):
+        return
+    held = [*server.index, *server.reservations]
+    cells = set(range(len(state.cells))) - {holder.cell for holder in held}
+    records = set(range(len(state.records))) - {holder.record for holder in held} - {r.record for r in server.retiring}
+    if variant.retires_before_reuse:
+        cells -= {retire.cell for retire in server.retiring}
+    if not cells or not records:
+        return
+    generation, record, cell = server.next_generation, min(records), min(cells)
+    reservation = Reservation(generation, number, writer.key, record, cell, server.incarnation, is_live=True)
+    granted = server._replace(next_generation=generation + 2, reservations=server.reservations | {reservation})
+    asked = writer._replace(
+        at="asked", generation=generation, record=record, cell=cell, incarnation=server.incarnation
+    )  # fmt: skip
+    yield f"writer {writer.key}: reserve", _writer(state._replace(server=granted), number, asked)
+
+
+def _commit_arrives(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    """*commit told* or *commit refused*; a server of another term does not know what is meant."""
+    server = state.server
+    reservation = _reservation(server, writer.generation)
+    after = _move(state, number, writer, "done")
+    if writer.term != server.term or reservation is None:
+        yield f"writer {writer.key}: commit means nothing", after
+    elif reservation.is_live:
+        placement = Placement(reservation.key, reservation.record, reservation.generation, reservation.cell)
+        index = server.index | {placement}
+        settled = server._replace(index=index, reservations=server.reservations - {reservation})
+        yield f"writer {writer.key}: commit told", after._replace(server=settled)
+    else:
+        yield f"writer {writer.key}: commit refused", after._replace(server=_settle(server, reservation))
+
+
+def _abort_told(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    reservation = _reservation(state.server, writer.generation)
+    after = _move(state, number, writer, "done")
+    if reservation is not None and writer.term == state.server.term:
+        after = after._replace(server=_settle(state.server, reservation))
+    yield f"writer {writer.key}: abort told", after
+
+
+# --- evidence and time --------------------------------------------------------------------------------------------------
+
+
+def _evidence_steps(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    server = state.server
+    mine = [reservation for reservation in server.reservations if reservation.writer == number]
+    if not writer.is_alive:
+        if mine or number in server.waiting:
+            proven = server._replace(waiting=server.waiting - {number})
+            for reservation in mine:
+                proven = _settle(proven, reservation)
+            yield f"writer {writer.key}: proven dead", state._replace(server=_open(proven))
+        return
+    if state.kills:
+        killed = writer._replace(is_alive=False, at=writer.at if writer.at == "sent" else "done")
+        yield f"writer {writer.key}: killed", _writer(state._replace(kills=state.kills - 1), number, killed)
+    if writer.term != server.term:
+        yield from _hello(state, variant, number, writer)
+        return
+    settled = server
+    for reservation in mine:
+        is_seen = writer.at != "asked" or not variant.heartbeats_say_seen
+        if is_seen and not (writer.is_outstanding and reservation.generation == writer.generation):
+            if reservation.is_live:
+                changed = reservation._replace(is_stopped=True)
+                settled = settled._replace(reservations=settled.reservations - {reservation} | {changed})
+            else:
+                settled = _settle(settled, reservation)
+    if settled != server:
+        yield f"writer {writer.key}: heartbeat settles", state._replace(server=settled)
+
+
+def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    """A hello under a new term claims what is not yet committed in memory. What is, the donor's scan will find: it may have
+    been found, removed and retired already. A grant of the old term that comes later is thrown away."""
+    server = state.server
+    server = server._replace(known=server.known | {number}, waiting=server.waiting - {number})
+    is_over = writer.at == "asked" or (writer.at == "committed" and variant.claims_only_unfinished)
+    renewed = writer._replace(term=server.term, at="done" if is_over else writer.at)
+    is_known = writer.generation in server.retired or any(p.generation == writer.generation for p in _placed(server))
+    if renewed.is_outstanding and not is_known:
+        found = _reservation(server, writer.generation)  # handed over as a writer at work, and nobody's until now
+        is_live = not _is_taken(server, writer.key) and server.incarnation == writer.incarnation
+        claim = Reservation(
+            writer.generation, number, writer.key, writer.record, writer.cell, writer.incarnation, is_live
+        )  # fmt: skip
+        server = server._replace(reservations=server.reservations - {found} | {claim})  # type: ignore[arg-type]
+    yield f"writer {writer.key}: hello", _writer(state._replace(server=_open(server)), number, renewed)
+
+
+def _time_steps(state: State, variant: Variant) -> Steps:
+    server = state.server
+    for reservation in server.reservations:
+        if reservation.is_live:
+            expired = reservation._replace(is_live=False)
+            after = server._replace(reservations=server.reservations - {reservation} | {expired})
+            if reservation.is_stopped or not variant.extents_return_on_evidence:
+                after = _settle(after, expired)
+            yield f"reservation of {reservation.key} expires", state._replace(server=after)
+
+
+# --- the donor ----------------------------------------------------------------------------------------------------------
+
+
+def _donor_steps(state: State, variant: Variant) -> Steps:
+    server, donor = state.server, state.donor
+    if donor.term == server.term and not donor.was_dropped:
+        for item in server.retiring - donor.done:
+            found = state.records[item.record]
+            after = state
+            if found.generation in (item.generation, item.generation - 1):
+                after = _record(state, item.record, Record(FREE, "", -1))
+            yield f"donor retires record {item.record}", after._replace(donor=donor._replace(done=donor.done | {item}))
+        for item in donor.done:
+            after = state._replace(donor=donor._replace(done=donor.done - {item}))
+            if item in server.retiring:
+                retired = server.retired if server.is_open else server.retired | {item.generation}
+                after = after._replace(server=server._replace(retiring=server.retiring - {item}, retired=retired))
+            yield f"retired told of record {item.record}", after
+        if donor.pages is not None:
+            yield from _handover(state, variant)
+        elif server.is_handed_over and not server.is_open and not server.waiting:
+            yield from _register(state, variant)  # ordered to, because a writer said hello only after the scan
+        return
+    yield from _register(state, variant)
+
+
+def _register(state: State, variant: Variant) -> Steps:
+    """*register*, and the scan after its answer. Under a new incarnation everything committed is retired first."""
+    records, incarnation = state.records, state.donor.incarnation
+    if state.donor.was_dropped and variant.retires_on_return:
+        records = tuple(Record(FREE, "", -1) if r.generation % 2 == 0 else r for r in records)
+        incarnation += 1
+    attached = {number for number, writer in enumerate(state.writers) if writer.is_alive}
+    waiting = attached - state.server.known if variant.gate_waits_for_writers else set()
+    server = state.server._replace(
+        incarnation=incarnation,
+        is_settled=not waiting or not variant.scans_after_hellos,
+        is_handed_over=False,
+        waiting=frozenset(waiting),
+    )
+    for claim in server.reservations:
+        is_free = not any(r.is_live and r.key == claim.key for r in server.reservations) and not claim.is_live
+        if claim.incarnation == incarnation and is_free and claim.writer >= 0 and not state.donor.was_dropped:
+            revived = claim._replace(is_live=True)
+            server = server._replace(reservations=server.reservations - {claim} | {revived})
+    pages = tuple((at, record) for at, record in enumerate(records) if record.generation != FREE)
+    donor = Donor(server.term, incarnation, pages=pages)
+    yield "donor registers", state._replace(records=records, server=server, donor=donor)
+
+
+def _handover(state: State, variant: Variant) -> Steps:
+    server, donor = state.server, state.donor
+    assert donor.pages is not None
+    if not donor.pages:
+        over = server._replace(is_handed_over=True)
+        if over.removal is not None:
+            over = over._replace(removal=(over.removal[0], over.removal[1], False))
+        yield "handover ends", state._replace(server=_open(over), donor=donor._replace(pages=None))
+        return
+    at, record = donor.pages[0]
+    after = state._replace(donor=donor._replace(pages=donor.pages[1:]))
+    yield f"handover of record {at}", after._replace(server=_take(server, at, record, variant))
+
+
+def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
+    generation = record.generation + record.generation % 2
+    server = server._replace(next_generation=max(server.next_generation, generation + 2))
+    if generation in server.retired:
+        return server  # scanned before it was retired
+    held = _reservation(server, generation)
+    if record.generation % 2 and held is None and not any(p.generation == generation for p in _placed(server)):
+        nobodys = Reservation(generation, -1, record.key, at, record.cell, server.incarnation, is_live=False)
+        return server._replace(reservations=server.reservations | {nobodys})
+    if record.generation % 2 or any(p.generation == generation for p in _placed(server)):
+        return server
+    if held is not None:
+        server = server._replace(reservations=server.reservations - {held})
+    retire = Retire(at, generation, record.cell, record.key)
+    removed = server.removed_below
+    is_removed = removed is not None and removed[0] == record.key and generation < removed[1]
+    if (held is not None and not held.is_live) or is_removed:
+        removal = server.removal
+        if is_removed and removal is not None:
+            server = server._replace(removal=(removal[0], removal[1] | {generation}, removal[2]))
+        return server._replace(retiring=server.retiring | {retire})
+    return server._replace(index=server.index | {Placement(record.key, at, generation, record.cell)})
+
+
+# --- the server ---------------------------------------------------------------------------------------------------------
+
+
+def _server_steps(state: State, variant: Variant) -> Steps:
+    server = state.server
+    if state.evictions and server.is_open:
+        for placement in server.index:
+            evicted = _retire_placement(server, placement)
+            yield f"evict {placement.key}", state._replace(server=evicted, evictions=state.evictions - 1)
+    if state.removals and server.removal is None:
+        for key in sorted({writer.key for writer in state.writers}):
+            yield f"remove {key}", _remove(state, variant, key)
+    if server.removal is not None:
+        key, waits, awaits_handover = server.removal
+        if not awaits_handover and not waits & {item.generation for item in server.retiring}:
+            answered = server._replace(removal=None)
+            yield f"removal of {key} answered", state._replace(server=answered, gone=state.gone | waits)
+    if state.silences and server.incarnation and state.donor.term == server.term and not state.donor.was_dropped:
+        dropped = server._replace(
+            index=frozenset(),
+            retiring=frozenset(),
+            reservations=frozenset(r._replace(is_live=False) for r in server.reservations if not r.is_stopped),
+            incarnation=0,
+            is_settled=False,
+            is_handed_over=False,
+            is_open=False,
+            waiting=frozenset(),
+            retired=frozenset(),
+            removal=None if server.removal is None else (server.removal[0], server.removal[1], False),
+        )
+        donor = Donor(state.donor.term, state.donor.incarnation, was_dropped=True)
+        yield "drop segment: its donor is silent", state._replace(
+            server=dropped, donor=donor, silences=state.silences - 1
+        )  # fmt: skip
+    if state.restarts:
+        fresh = Server(term=server.term + 1, next_generation=server.next_generation)
+        donor = state.donor._replace(pages=None, done=frozenset())
+        yield "server restarts", state._replace(server=fresh, donor=donor, restarts=state.restarts - 1)
+
+
+def _remove(state: State, variant: Variant, key: str) -> State:
+    server = state.server
+    waits = {item.generation for item in server.retiring if item.key == key}
+    for placement in [placement for placement in server.index if placement.key == key]:
+        waits.add(placement.generation)
+        server = _retire_placement(server, placement)
+    server = server._replace(removed_below=(key, server.next_generation))
+    after = state._replace(removals=state.removals - 1)
+    if not variant.answers_removals_late:
+        return after._replace(server=server, gone=state.gone | waits)
+    is_handing_over = bool(server.incarnation) and not server.is_handed_over
+    return after._replace(server=server._replace(removal=(key, frozenset(waits), is_handing_over)))
+
+
+def _retire_placement(server: Server, placement: Placement) -> Server:
+    retire = Retire(placement.record, placement.generation, placement.cell, placement.key)
+    return server._replace(index=server.index - {placement}, retiring=server.retiring | {retire})
+
+
+def _settle(server: Server, reservation: Reservation) -> Server:
+    """There is evidence (or, wrongly, a deadline): *order retire*."""
+    after = server._replace(reservations=server.reservations - {reservation})
+    if not server.incarnation:
+        return after
+    retire = Retire(reservation.record, reservation.generation, reservation.cell, reservation.key)
+    return after._replace(retiring=after.retiring | {retire})
+
+
+def _open(server: Server) -> Server:
+    """*gate opens*, when nothing is left to wait for; what no writer has claimed is retired."""
+    if not server.is_settled or not server.is_handed_over or server.waiting or server.is_open:
+        return server
+    for reservation in server.reservations:
+        if reservation.writer < 0:
+            server = _settle(server, reservation)
+    return server._replace(is_open=True, retired=frozenset())
+
+
+# --- a reader -----------------------------------------------------------------------------------------------------------
+
+
+def _reader_steps(state: State, variant: Variant) -> Steps:
+    reader = state.reader
+    if reader.at == "idle":
+        for placement in state.server.index:
+            yield f"reader: acquire {placement.key}", state._replace(reader=Reader("acquired", placement))
+        return
+    if reader.placement is None:
+        return
+    placement = reader.placement
+    found = state.records[placement.record]
+    is_valid = (found.generation, found.key) == (placement.generation, placement.key)
+    if reader.at == "acquired":
+        if variant.validates_after_copy:
+            yield from _copy(state, reader, placement)
+        elif is_valid:
+            yield "reader: validates, then copies", state._replace(reader=reader._replace(at="checked"))
+    elif reader.at == "checked":
+        yield from _copy(state, reader, placement)
+    elif reader.at == "copied":
+        if is_valid or not variant.validates_after_copy:
+            yield "reader: validates", state._replace(reader=reader._replace(at="served"))
+        else:
+            server = state.server
+            if placement in server.index:
+                server = _retire_placement(server, placement)
+            yield "reader reports", state._replace(reader=Reader(), server=server)
+
+
+def _copy(state: State, reader: Reader, placement: Placement) -> Steps:
+    copied = reader._replace(at="copied", copied=state.cells[placement.cell])
+    yield "reader: copies", state._replace(reader=copied)
+
+
+# --- what is promised ---------------------------------------------------------------------------------------------------
+
+
+def violation(state: State) -> str | None:
+    """Which promise this state breaks."""
+    server, reader = state.server, state.reader
+    if reader.at == "served" and reader.placement is not None and reader.copied != reader.placement.key:
+        return f"wrong bytes served: asked for {reader.placement.key}, got {reader.copied!r}"
+    busy: dict[int, int] = {}
+    for writer in state.writers:
+        if writer.may_touch and busy.setdefault(writer.cell, writer.generation) != writer.generation:
+            return f"cell {writer.cell} was granted twice"
+    for placement in server.index:
+        if busy.get(placement.cell, placement.generation) != placement.generation:
+            return f"a writer is at work in the bytes of {placement.key}"
+        found = state.records[placement.record]
+        if found != (placement.generation, placement.key, placement.cell):
+            return f"the index says {placement}, memory says {found}"
+        if placement.generation in state.gone:
+            return f"{placement.key} was removed, answered, and is back"
+    if server.is_open:
+        known = {holder.generation for holder in [*_placed(server), *server.reservations]}
+        for record in state.records:
+            if record.generation and record.generation % 2 == 0 and record.generation not in known:
+                return f"nobody knows of the committed {record}"
+    return None
+
+
+# --- small parts --------------------------------------------------------------------------------------------------------
+
+
+def _placed(server: Server) -> list[Placement | Retire]:
+    return [*server.index, *server.retiring]
+
+
+def _reservation(server: Server, generation: int) -> Reservation | None:
+    return next((r for r in server.reservations if r.generation == generation), None)
+
+
+def _is_taken(server: Server, key: str) -> bool:
+    return any(p.key == key for p in server.index) or any(r.is_live and r.key == key for r in server.reservations)
+
+
+def _put(values: tuple[str, ...], at: int, value: str) -> tuple[str, ...]:
+    return (*values[:at], value, *values[at + 1 :])
+
+
+def _record(state: State, at: int, record: Record) -> State:
+    return state._replace(records=(*state.records[:at], record, *state.records[at + 1 :]))
+
+
+def _writer(state: State, number: int, writer: Writer) -> State:
+    return state._replace(writers=(*state.writers[:number], writer, *state.writers[number + 1 :]))
+
+
+def _move(state: State, number: int, writer: Writer, at: str) -> State:
+    return _writer(state, number, writer._replace(at=at))
