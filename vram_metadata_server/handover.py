@@ -218,7 +218,7 @@ class Registrar:
                 taken += self._take(segment, item, gate.removals)
         except ContradictionError as error:
             self._corrupt(segment, str(error))
-        if request.last and not gate.handed_over:
+        if request.last and not gate.handed_over and segment.is_readable:
             gate.handed_over = True
             gate.settle_removals()
             self.open_if_ready(segment)

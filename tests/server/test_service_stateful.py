@@ -144,7 +144,8 @@ class Pool(RuleBasedStateMachine):
         client = self.one(pick, self.awake())
         for write in list(client.outstanding.values())[-1:] if client is not None else ():
             for _ in range(steps):
-                client.advance(write)
+                if write.said.generation in client.outstanding:
+                    client.advance(write)
 
     @rule(pick=picks)
     def abort(self, pick: int) -> None:
@@ -255,6 +256,16 @@ class Pool(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 3.0, 6.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.pass_time(seconds)
+
+    @rule(pick=picks, comes_back=st.booleans())
+    def a_donor_is_silent_for_long(self, pick: int, comes_back: bool) -> None:
+        donation = self.one(pick, self.donations())
+        if donation is not None:
+            donation.donor.is_suspended = True
+            self.world.pass_time(6.0, beat_s=2.0)
+            if comes_back:
+                donation.donor.is_suspended = False
+                self.donors_work()
 
     @rule(drained=st.booleans())
     def tick(self, drained: bool) -> None:

@@ -353,9 +353,9 @@ class Donation:
             UNIT, len(self.memory.records), b"", self.donor.name, attached, socket="background",
         )  # fmt: skip
         if isinstance(reply, protocol.Error):
-            assert reply.code is ErrorCode.UNKNOWN_SEGMENT, reply
-            self.register(anew=True)
-            return
+            if reply.code is ErrorCode.UNKNOWN_SEGMENT:
+                self.register(anew=True)
+            return  # the server was restarted, or has dropped the session: the next heartbeat finds out
         self.number = reply.number
         self.is_to_register = False
         self.to_hand_over = self.scan()

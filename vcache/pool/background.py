@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import zmq
 
@@ -22,6 +22,7 @@ from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
+from vcache.pool.duty import Duty
 from vcache.pool.mappings import Mappings
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.session import Session
@@ -39,23 +40,6 @@ _GOODBYE_LINGER_MS: Final = 500
 #: Between two sweeps of the runtime directory that are not caused by an event.
 _SWEEP_INTERVAL_S: Final = 60.0
 _MIN_HELLO_INTERVAL_S: Final = 0.2
-
-
-class Duty(Protocol):
-    """What a donor does in this thread. Every method returns soon; none waits."""
-
-    def on_session(self, *, was_suspended: bool) -> None:
-        """A session is open, in a new term or again in the same. ``was_suspended``: this process may have been silent for
-        longer than the server waits, without the server's word on it."""
-
-    def on_orders(self, orders: Orders) -> None:
-        """The server's orders, of the present term."""
-
-    def on_gone(self, number: int) -> None:
-        """The server has dropped a segment that this process has mapped, perhaps this donor's."""
-
-    def on_tick(self) -> None:
-        """Between messages, at least once per heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,6 @@ class Calls:
         if not request_id:
             self._background.suspect()
             return None
-        self._count("calls")
         deadline = time.monotonic() + self._timeout_s
         is_shortened = False
         try:
@@ -192,7 +191,8 @@ class Calls:
 
     def _send(self, make: MakeRequest) -> int:
         """The request's id; 0 when there is no session, or the server cannot be reached."""
-        self._flush()
+        if self._one_way:
+            self._flush()
         term = self._session.term
         if not term:
             return 0
@@ -202,6 +202,7 @@ class Calls:
         except zmq.Again:
             self._count("unsent_messages")
             return 0
+        self._count("calls")
         return request_id
 
     def _flush(self) -> None:
@@ -223,7 +224,8 @@ class Calls:
 
     def _unlock(self) -> None:
         self._lock.release()
-        self._flush_if_free()
+        if self._one_way:
+            self._flush_if_free()
 
     def _flush_if_free(self) -> None:
         # Whoever has the lock looks again after giving it up, so no message is left behind.

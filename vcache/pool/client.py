@@ -155,12 +155,12 @@ class PoolClient:
         The lease, if any, is the caller's to ``release``. No hits when the server is unavailable.
         """
         _check_keys(keys)
-        hits = self._call(
-            Hits,
-            lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s),
-            lambda reply: reply if self.session.leased(reply.term, reply.lease) else None,
+        return (
+            self._call(
+                Hits, lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s), self._leased
+            )
+            or _NO_HITS
         )
-        return hits or _NO_HITS
 
     def acquire(self, keys: bytes, rank: int) -> Acquired | None:
         """The leading run, leased for ``client.lease``, with a placement of ``rank``'s shard for each chunk of it.
@@ -299,6 +299,9 @@ class PoolClient:
     @property
     def _is_over(self) -> bool:
         return self._closed or os.getpid() != self._pid
+
+    def _leased(self, reply: Hits) -> Hits | None:
+        return reply if self.session.leased(reply.term, reply.lease) else None
 
     def _call(self, expected: type[Reply], make: MakeRequest, take: Callable[[Reply], Taken | None]) -> Taken | None:
         if not self.available:

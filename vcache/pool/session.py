@@ -126,11 +126,12 @@ class Session:
 
     def leased(self, term: int, lease: int) -> bool:
         """Whether the lease is of the present term; one of another term is none."""
+        if not lease:
+            return term == self.term != 0
         with self._lock:
             if not term or term != self.term:
                 return False
-            if lease:
-                self._held.leases.add(lease)
+            self._held.leases.add(lease)
             return True
 
     def acquired(self, reply: Placements) -> Acquired | None:

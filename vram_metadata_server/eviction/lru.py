@@ -61,7 +61,9 @@ class LeafLRU:
         if leaves is None:
             return None
         self._time = begin = self._time + 1
-        for _ in range(min(_LOOKED_AT, len(leaves.heap))):
+        for _ in range(_LOOKED_AT):
+            if not leaves.heap or leaves.heap[0] >> _RECORD_BITS >= begin:
+                return None  # none, or only those left that are in use
             item = heappop(leaves.heap)
             record = item & _RECORD_MASK
             leaves.queued[record] = 0
