@@ -24,12 +24,12 @@ from vcache.pool.reading import PendingRead, begin_read
 from vcache.pool.writing import PendingWrite, begin_write
 from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, Tier
 from vcache.stats import Counters, StatsValue, server_values
-from vcache.store.base import Shard, Store, leading_run
 
 if TYPE_CHECKING:
     from vcache.keys import ModelSpec
     from vcache.paged_kv import PagedKV
     from vcache.pool.client import PlacementArray, PoolClient
+    from vcache.store_tier import StoreTier
 
 logger = logging.getLogger("vcache.engine")
 
@@ -55,24 +55,36 @@ class KeyHits(NamedTuple):
 class PendingRetrieve:
     """Chunks on their way into the engine's blocks. Nothing may be taken for loaded before ``complete`` says so."""
 
-    def __init__(self, cache: BlockCache | None, keys: Sequence[ChunkKey]) -> None:
+    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> None:
         self._cache = cache
-        self._keys = keys
-        self._started = time.perf_counter()
+        self.kv = kv
+        self.keys = keys
+        self.block_ids = block_ids
+        self.started = time.perf_counter()
         self._loaded = 0
         #: What was begun, and whether its copies were enqueued without an error.
         self.reads: list[tuple[PendingRead, bool]] = []
 
     @property
     def chunks(self) -> int:
-        """Leading chunks that are being copied."""
+        """Leading chunks that are being copied from the pool."""
         return sum(read.hits for read, copied in self.reads if copied)
 
     def complete(self) -> int:
-        """Leading chunks loaded, each byte of them valid. Waits for the copies. Calling it again is harmless."""
+        """Leading chunks loaded, each byte of them valid. Waits for the copies. Calling it again is harmless.
+
+        Where the pool's valid run ends it goes on in the store, and waits for that too.
+        """
+        return self._end(go_on=True)
+
+    def abandon(self) -> None:
+        """Ends what was begun, going nowhere else."""
+        self._end(go_on=False)
+
+    def _end(self, *, go_on: bool) -> int:
         cache, self._cache = self._cache, None
         if cache is not None:
-            self._loaded = cache.complete_retrieve(self.reads, self._keys, self._started)
+            self._loaded = cache.complete_retrieve(self, go_on=go_on)
         return self._loaded
 
 
@@ -102,9 +114,11 @@ class PendingStore:
 class BlockCache:
     """One rank's way to the pool and the store. Thread-safe; owns neither."""
 
-    def __init__(self, client: PoolClient, store: Store, *, model: ModelSpec, rank: int, counters: Counters) -> None:
+    def __init__(
+        self, client: PoolClient, below: StoreTier | None, *, model: ModelSpec, rank: int, counters: Counters
+    ) -> None:
         self._client = client
-        self._store = store
+        self._below = below
         self._model = model
         self._rank = rank
         self._counters = counters
@@ -120,9 +134,7 @@ class BlockCache:
         pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s), (0, 0))
         if pin_s and pool:
             self.pin(keys[:pool], pin_s)
-        store = 0
-        if pool < len(keys):
-            store = self._shielded("lookup", lambda: leading_run(self._store, keys[pool:], self._model.ranks), 0)
+        store = self._run_below("lookup", keys[pool:])
         self._counters.add(
             lookup_calls=1,
             lookup_seconds=time.perf_counter() - started,
@@ -136,51 +148,43 @@ class BlockCache:
         """0: in the pool with all ranks' shards, 1: in the store, -1: nowhere."""
         if self._shielded("contains", lambda: self._client.lookup(key).hits, 0):
             return 0
-        in_store = self._shielded("contains", lambda: leading_run(self._store, [key], self._model.ranks), 0)
-        return 1 if in_store else -1
+        return 1 if self._run_below("contains", [key]) else -1
 
     def begin_retrieve(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> PendingRetrieve:
         """Starts to load the leading run of ``keys`` into blocks ``[len(keys), blocks per chunk]`` of ``kv``."""
         if not self._in_flight.enter():
-            return PendingRetrieve(None, keys)
-        pending = PendingRetrieve(self, keys)
+            return PendingRetrieve(None, kv, keys, block_ids)
+        pending = PendingRetrieve(self, kv, keys, block_ids)
         try:
             with self._failures.contained("retrieve"):
                 self._read(pending.reads, kv, keys, block_ids)
         except BaseException:  # an interrupt: nobody else will complete it
-            pending.complete()
+            pending.abandon()
             raise
         return pending
 
-    def complete_retrieve(
-        self, reads: Sequence[tuple[PendingRead, bool]], keys: Sequence[ChunkKey], started: float
-    ) -> int:
-        """The second half of ``begin_retrieve``; its result calls it, once."""
-        loaded = invalid = 0
-        unbroken = True
-        moved: Counter[Tier] = Counter()
+    def complete_retrieve(self, retrieve: PendingRetrieve, *, go_on: bool) -> int:
+        """The second half of ``begin_retrieve``; its result calls it, once. ``go_on``: in the store, where the pool ends."""
+        keys = retrieve.keys
+        below = 0
         try:
-            for read, copied in reads:
-                valid = 0
+            pool, invalid, moved = self._complete_reads(retrieve.reads)
+            seconds = time.perf_counter() - retrieve.started
+            if go_on and self._below is not None and pool < len(keys):
                 with self._failures.contained("retrieve"):
-                    valid = read.complete()  # each of them: it ends the lease
-                invalid += read.hits - valid if copied else 0
-                if unbroken:
-                    loaded += valid
-                    moved.update(self._bytes_by_tier(read.placements[:valid]))
-                unbroken = unbroken and valid == read.hits
+                    below = self._below.load(retrieve.kv, keys[pool:], retrieve.block_ids[pool:])
         finally:
             self._in_flight.leave()
-        seconds = time.perf_counter() - started
+        loaded = pool + below
         self._counters.add(
             retrieve_calls=1,
-            retrieve_seconds=seconds,
+            retrieve_seconds=time.perf_counter() - retrieve.started,
             hits=loaded,
             misses=len(keys) - loaded,
             validation_failures=invalid,
         )
         self._counters.moved("read", moved, seconds)
-        logger.debug("retrieve: loaded %d of %d chunks: %s", loaded, len(keys), _span(keys))
+        logger.debug("retrieve: loaded %d of %d chunks, %d from the store: %s", loaded, len(keys), below, _span(keys))
         return loaded
 
     def begin_store(
@@ -210,12 +214,14 @@ class BlockCache:
         stored = granted = 0
         moved: Counter[Tier] = Counter()
         try:
-            for write in writes:
+            for write, part in zip(writes, _parts(keys), strict=False):  # fewer, after a failure
                 granted += len(write.granted)
                 with self._failures.contained("store"):
                     count = write.complete()
                     stored += count
                     moved.update(self._bytes_by_tier(write.placements) if count else {})
+                    if count and self._below is not None:
+                        self._below.offer([part[index] for index in write.granted.tolist()], write.placements)
         finally:
             self._in_flight.leave()
         seconds = time.perf_counter() - started
@@ -239,9 +245,11 @@ class BlockCache:
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         """Removes chunks with all ranks' shards from pool and store; how many the pool had."""
-        shards = [Shard(key, rank) for key in keys for rank in range(self._model.ranks)]
-        self._shielded("remove", lambda: self._store.remove(shards), 0)
-        return self._shielded("remove", lambda: sum(self._client.remove(b"".join(part)) for part in _parts(keys)), 0)
+        removed = self._shielded("remove", lambda: sum(self._client.remove(b"".join(part)) for part in _parts(keys)), 0)
+        below = self._below
+        if below is not None:  # after the pool: what it has no longer cannot be written to the store again
+            self._shielded("remove", lambda: below.remove(keys), None)
+        return removed
 
     def clear(self, tenant: int | None) -> int:
         """Removes a tenant's chunks, or all, from the pool; how many."""
@@ -251,7 +259,14 @@ class BlockCache:
         """Counters and the server's state, by the names of ``vcache/stats.py``."""
         server = self._shielded("stats", self._client.stats, None)
         client = {f"client_{name}": value for name, value in self._client.counters.items()}
-        return {**self._counters.snapshot(), "failures": self._failures.total, **client, **server_values(server)}
+        below = self._below.stats() if self._below is not None else {}
+        return {
+            **self._counters.snapshot(),
+            "failures": self._failures.total,
+            **client,
+            **server_values(server),
+            **below,
+        }
 
     def close(self, timeout_s: float) -> bool:
         """Lets no more calls in and waits for those inside; whether all have ended."""
@@ -259,6 +274,30 @@ class BlockCache:
         if inside:
             logger.warning("%d calls did not end within %g s; the engine keeps what they use", inside, timeout_s)
         return not inside
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until what was stored is written to the store below, or dropped: whether that came in time."""
+        return self._below is None or self._below.flush(timeout_s)
+
+    def _run_below(self, operation: str, keys: Sequence[ChunkKey]) -> int:
+        below = self._below
+        return self._shielded(operation, lambda: below.run(keys), 0) if below is not None and keys else 0
+
+    def _complete_reads(self, reads: Sequence[tuple[PendingRead, bool]]) -> tuple[int, int, Counter[Tier]]:
+        """Leading chunks that are valid, chunks that are not any more, and the bytes of the former."""
+        loaded = invalid = 0
+        unbroken = True
+        moved: Counter[Tier] = Counter()
+        for read, copied in reads:
+            valid = 0
+            with self._failures.contained("retrieve"):
+                valid = read.complete()  # each of them: it ends the lease
+            invalid += read.hits - valid if copied else 0
+            if unbroken:
+                loaded += valid
+                moved.update(self._bytes_by_tier(read.placements[:valid]))
+            unbroken = unbroken and valid == read.hits
+        return loaded, invalid, moved
 
     def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float) -> tuple[int, int]:
         hits = lease = 0

@@ -13,13 +13,14 @@ import ipaddress
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from vcache.errors import ConfigError
 from vcache.protocol import MAX_MESSAGE_BYTES
+from vcache.setting_types import Count, Fraction, Seconds, Section, Size, Unit
 from vcache.settings_sources import (
     ENV_CONFIG_FILE,
     ENV_DELIMITER,
@@ -30,7 +31,8 @@ from vcache.settings_sources import (
     environment_name,
     setting_fields,
 )
-from vcache.units import format_duration, format_size, parse_duration, parse_size
+from vcache.store_config import StoreConfig
+from vcache.units import format_duration
 
 #: ``sun_path`` holds 108 bytes, the closing zero among them.
 MAX_IPC_PATH_BYTES: Final = 107
@@ -38,39 +40,11 @@ MAX_IPC_PATH_BYTES: Final = 107
 MIN_HEARTBEATS_PER_LIVENESS: Final = 3
 #: Segments are whole pages.
 PAGE_BYTES: Final = 4096
-_DAY_S: Final = 86_400.0
 DEFAULT_ORIGIN: Final = "default"
-
-
-class Unit(NamedTuple):
-    """Marks a field whose number people write with a unit; says how to write it back."""
-
-    kind: Literal["size", "duration"]
-
-    def text(self, value: Any) -> str:
-        return format_size(value) if self.kind == "size" else format_duration(value)
-
-
-def _not_a_flag(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not yes/no")  # YAML's yes and on would silently become 1
-    return value
 
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
-
-
-Size = Annotated[int, BeforeValidator(parse_size), Unit("size")]
-Seconds = Annotated[float, Field(gt=0, le=_DAY_S), BeforeValidator(parse_duration), Unit("duration")]
-Count = Annotated[int, BeforeValidator(_not_a_flag)]
-Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(_not_a_flag)]
-
-
-class Section(BaseModel):
-    """A group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EvictionConfig(Section):
@@ -125,12 +99,6 @@ class TransferConfig(Section):
     """How bytes are copied."""
 
     threads: Annotated[Count, Field(ge=0, le=256)] = 0
-
-
-class StoreConfig(Section):
-    """What lies below the pool."""
-
-    kind: Literal["none"] = "none"
 
 
 class VCacheConfig(BaseSettings):
@@ -229,7 +197,7 @@ class VCacheConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        problems = [*self._contradictions(), *self._endpoint_problems()]
+        problems = [*self._contradictions(), *self._endpoint_problems(), *self.store.problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self

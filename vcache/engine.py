@@ -38,7 +38,7 @@ from vcache.kv_tensors import KVTensors, promised_payload_bytes
 from vcache.log import configure
 from vcache.pool.client import PoolClient
 from vcache.stats import Counters, StatsValue
-from vcache.store import open_store
+from vcache.store_tier import StoreTier, open_store_tier
 
 if TYPE_CHECKING:
     from vcache.arguments import Mask, Tokens
@@ -50,6 +50,8 @@ logger = logging.getLogger("vcache.engine")
 Int64Array = npt.NDArray[np.int64]
 #: How long ``close`` waits for calls under way, and for readers of a donated segment.
 CLOSE_TIMEOUT_S: Final = 10.0
+#: How long ``flush`` waits unless told.
+FLUSH_TIMEOUT_S: Final = 60.0
 
 
 class VCacheEngine:
@@ -90,7 +92,6 @@ class VCacheEngine:
         self._kv = KVTensors(model)
         where = self._device(device, kv_caches)
         donated_bytes = donation_bytes(self.config, donate) if donate is not None else 0
-        self._store = open_store(self.config.store)
         self._client = PoolClient(
             self.config,
             device=device_name(where) if where is not None else "",
@@ -98,7 +99,16 @@ class VCacheEngine:
             name=f"{role} {rank}/{model.ranks} pid {os.getpid()}",
         )
         self._donor: Donor | None = None
-        self._cache = BlockCache(self._client, self._store, model=model, rank=rank, counters=Counters())
+        self._below: StoreTier | None = None
+        counters = Counters()
+        try:
+            self._below = open_store_tier(
+                self.config, self._client, model, rank=rank, moves=role == "worker", counters=counters
+            )
+        except BaseException:
+            self._client.close()
+            raise
+        self._cache = BlockCache(self._client, self._below, model=model, rank=rank, counters=counters)
         self._closing = threading.Lock()
         self._closed = False
         try:
@@ -269,7 +279,10 @@ class VCacheEngine:
         return self._cache.unpin(keys)
 
     def remove_keys(self, keys: Sequence[ChunkKey]) -> int:
-        """Removes chunks from pool and store; how many the pool had. Removed means gone."""
+        """Removes chunks from the pool, then from the store; how many the pool had. Removed from the pool means gone.
+
+        The store forgets what this process wrote; what another process is writing at the moment it may still take.
+        """
         check_keys("keys", keys)
         return self._cache.remove(keys)
 
@@ -277,19 +290,24 @@ class VCacheEngine:
         """Removes every chunk of the tenant that ``salt`` names, or (None) of all, from the pool; how many."""
         return self._cache.clear(None if salt is None else tenant_of(salt))
 
+    def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
+        """Waits until what was stored before is written to the store below the pool, or dropped: whether that came in time."""
+        return self._cache.flush(checked_seconds("timeout_s", timeout_s))
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Waits for calls under way and readers of the donated segment, then lets go of everything. Twice is harmless.
+        """Waits for calls under way, writes to the store and readers of the donated segment, then lets go of everything.
 
-        Afterwards the engine is an empty cache.
+        Half of the time left after the calls is for the writes. Afterwards the engine is an empty cache. Twice is harmless.
         """
+        deadline = time.monotonic() + timeout_s
         if not self._cache.close(timeout_s):
             return
         with self._closing:
             if not self._closed:
                 self._closed = True
-                self._release_all(timeout_s)
+                self._release_all(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Self:
         return self
@@ -358,10 +376,12 @@ class VCacheEngine:
             )
 
     def _release_all(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        if self._below is not None:  # first: it reads what it writes from the pool
+            self._below.close(timeout_s / 2)
         if self._donor is not None:
-            self._donor.close(timeout_s)
+            self._donor.close(max(0.0, deadline - time.monotonic()))
         self._client.close()
-        self._store.close(timeout_s)
         self._kv.clear()
 
     def _needs_worker(self, call: str) -> None:

@@ -14,6 +14,7 @@ from vcache.protocol import ServerStats, Tier
 #: Counters of this engine. They only ever grow.
 ENGINE_COUNTERS: Final = {
     "hits": "chunks that retrieve loaded",
+    "store_hits": "of these, from the store below the pool",
     "misses": "chunks that retrieve was asked for and did not load",
     "validation_failures": "chunks read whose record had changed meanwhile: not served",
     "failures": "calls that the pool, the server, a donor or the store failed, and that became misses",

@@ -23,6 +23,15 @@ def test_the_documentation_has_every_key_and_no_other(runtime_dir):
         assert sorted(engine.get_stats()) == sorted(documented())
 
 
+def test_a_store_adds_the_counters_of_its_own_page_and_no_other(runtime_dir, tmp_path):
+    page = (REPOSITORY / "docs" / "stores.md").read_text().split("## Counters")[1].split("Of Mooncake:")[0]
+    of_store = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    config = VCacheConfig(client={"connect_timeout": "10ms"}, store={"files": {"directory": str(tmp_path)}})
+    for role in ("worker", "scheduler"):
+        with VCacheEngine(config, model=model_of(), role=role) as engine:
+            assert sorted(engine.get_stats()) == sorted(documented() + of_store)
+
+
 def test_keys_are_the_same_with_and_without_a_server(pool, open_engine):
     engine = open_engine(pool)
     with_server = engine.get_stats()

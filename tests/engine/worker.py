@@ -48,6 +48,8 @@ def obey(command: dict[str, Any], engine: VCacheEngine, rank: int, device: str) 
             loaded = engine.retrieve(tokens, None, tensors, slots_of(command["blocks"]), salt=salt).tolist()
             wrong = wrong_blocks(tensors, tokens, command["blocks"], loaded, rank=rank, salt=salt)
             return {"loaded": sum(loaded), "wrong": wrong}
+        case "flush":
+            return {"flushed": engine.flush()}
         case "stats":
             return dict(engine.get_stats())
     raise ValueError(command)

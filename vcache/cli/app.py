@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from vcache.cli import bench, config, demo, donate, keys, server, status
+from vcache.cli import bench, config, demo, donate, keys, mooncake, server, status
 from vcache.errors import ConfigError, UnavailableError, VCacheError
 
 EXIT_FAILED = 1
@@ -28,6 +28,7 @@ app.command()(server.server)
 app.command()(donate.donate)
 app.command()(status.status)
 app.add_typer(config.app, name="config")
+app.add_typer(mooncake.app, name="mooncake")
 app.command()(keys.keys)
 app.command()(demo.demo)
 app.command(context_settings=bench.PASS_THROUGH, add_help_option=False)(bench.bench)

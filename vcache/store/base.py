@@ -1,4 +1,4 @@
-"""The interface of a store below the pool, and the store that holds nothing.
+"""The interface of a store below the pool.
 
 A store keeps *shards*, one rank's payload of one chunk. All calls are batched; they may block and may raise, so nobody on a
 serving path calls an implementation directly: deadlines, retries and the breaker are the guard's business, not each
@@ -8,7 +8,7 @@ unshared until the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ class Got(IntEnum):
     ABSENT = 1
     INVALID = 2  # an object was there, but its header or checksum was not this shard's; the store has removed it
     FAILED = 3  # it may be there: the store, or the owner of its bytes, did not deliver
+    INTERRUPTED = 4  # as FAILED, but of the kind that often goes well at the next try
 
 
 class Put(IntEnum):
@@ -62,33 +63,13 @@ class Store(Protocol):
         """Removes shards; how many were there. A removed shard does not come back by itself."""
         ...
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the store, finishing what is under way for at most ``timeout_s``. Calling it twice is harmless."""
+    def counters(self) -> Mapping[str, int]:
+        """What only this kind of store can count, by names that begin with ``store_``. They only ever grow."""
         ...
 
-
-class NullStore:
-    """No store: everything is absent, nothing is kept."""
-
-    def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
-        return [False] * len(shards)
-
-    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
-        return [Got.ABSENT] * len(shards)
-
-    def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:
-        return [Put.FAILED] * len(shards)
-
-    def remove(self, shards: Sequence[Shard]) -> int:
-        return 0
-
     def close(self, timeout_s: float = 10.0) -> None:
-        return
+        """Ends the store, finishing what is under way for at most ``timeout_s``. Calling it twice is harmless.
 
-
-def leading_run(store: Store, keys: Sequence[ChunkKey], ranks: int) -> int:
-    """How many of ``keys``, from the first on, the store holds with the shards of all ``ranks``. One batched call."""
-    if isinstance(store, NullStore):  # naming the shards of a long prompt would cost as much as hashing it
-        return 0
-    present = store.contains([Shard(key, rank) for key in keys for rank in range(ranks)])
-    return next((index // ranks for index, there in enumerate(present) if not there), len(keys))
+        Any other call then raises ``UnavailableError``.
+        """
+        ...

@@ -1,0 +1,164 @@
+"""One rank's way to the store below the pool: runs that go on there, their bytes into the engine's blocks, writes behind.
+
+The store answers in time and raises nothing (``store/guard.py``); what it does not deliver is a miss. Not here: when to come
+here, which is ``block_cache.py``'s business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vcache.keys import ChunkKey
+from vcache.pool.read_back import Written, read_back
+from vcache.stats import Counters, StatsValue
+from vcache.store import open_store
+from vcache.store.base import Shard
+from vcache.store.guard import GuardedStore, Loaded
+from vcache.store.write_behind import WRITE_BEHIND_VALUES, WriteBehind
+
+if TYPE_CHECKING:
+    from vcache.config import VCacheConfig
+    from vcache.keys import ModelSpec
+    from vcache.paged_kv import PagedKV
+    from vcache.pool.client import PlacementArray, PoolClient
+
+Int64Array = npt.NDArray[np.int64]
+#: Chunks offered together: where the queue has no room for a long prompt, it takes the beginning.
+CHUNKS_PER_OFFER: Final = 32
+
+
+def open_store_tier(
+    config: VCacheConfig, client: PoolClient, model: ModelSpec, *, rank: int, moves: bool, counters: Counters
+) -> StoreTier | None:
+    """The store that ``config`` names, or ``None``. ``moves``: whether this process reads and writes payloads."""
+    store = open_store(config.store, layout=model.fingerprint(), ranks=model.ranks, moves=moves)
+    if store is None:
+        return None
+    writer = None
+    if moves and config.store.write_policy == "all":
+
+        def count(nbytes: int, seconds: float) -> None:
+            counters.add(store_written_bytes=nbytes, store_written_seconds=seconds)
+
+        writer = WriteBehind(
+            store, max_bytes=config.store.queue_bytes, max_items=config.store.queue_items, written=count
+        )
+    return StoreTier(store, writer, client, rank=rank, ranks=model.ranks, counters=counters)
+
+
+class StoreTier:
+    """Owns the store and the queue of writes to it. Thread-safe."""
+
+    def __init__(
+        self,
+        store: GuardedStore,
+        writer: WriteBehind | None,
+        client: PoolClient,
+        *,
+        rank: int,
+        ranks: int,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._client = client
+        self._rank = rank
+        self._ranks = ranks
+        self._counters = counters
+
+    def run(self, keys: Sequence[ChunkKey]) -> int:
+        """How many of ``keys``, from the first on, the store holds with the shards of all ranks. One batched call."""
+        if not keys or not self._store.available:
+            return 0
+        present = self._store.contains(self._all_ranks(keys))
+        return next((index // self._ranks for index, there in enumerate(present) if not there), len(keys))
+
+    def load(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> int:
+        """Loads the leading run of ``keys`` into blocks ``[len(keys), blocks per chunk]``; how many chunks are there, whole.
+
+        One batch, or as many as staging memory asks for. On a GPU this waits for the current stream.
+        """
+        if not keys or not self._store.available:
+            return 0
+        started = time.perf_counter()
+        if self._ranks > 1:
+            keys = keys[: self.run(keys)]
+        nbytes = kv.payload_bytes(block_ids.shape[1])
+        loaded = 0
+        while loaded < len(keys):
+            shards = [Shard(key, self._rank) for key in keys[loaded:]]
+            with self._store.load(shards, [nbytes] * len(shards)) as got:
+                run = got.run
+                if run:
+                    self._scatter(kv, block_ids[loaded : loaded + run], got, nbytes)
+            loaded += run
+            if not run or run < len(got):
+                break
+        self._counters.add(
+            store_hits=loaded,
+            store_read_bytes=loaded * nbytes,
+            store_read_seconds=time.perf_counter() - started,
+        )
+        return loaded
+
+    def offer(self, keys: Sequence[ChunkKey], placements: PlacementArray) -> None:
+        """This rank's shards of ``keys`` were committed to the pool at ``placements``: written in the background, or dropped."""
+        if self._writer is None:
+            return
+        numbers = np.unique(placements["segment"]).tolist()
+        infos = {number: info for number in numbers if (info := self._client.session.info(number)) is not None}
+        for start in range(0, len(keys), CHUNKS_PER_OFFER):
+            part = slice(start, start + CHUNKS_PER_OFFER)
+            written = Written(keys[part], placements[part], infos)
+            self._writer.offer(
+                [Shard(key, self._rank) for key in written.keys],
+                written.placements["nbytes"].tolist(),
+                partial(read_back, self._client, written),
+            )
+
+    def remove(self, keys: Sequence[ChunkKey]) -> None:
+        """Removes chunks that the pool has no longer. What this process was writing of them is written first."""
+        if self._writer is not None:
+            self._writer.flush(self._store.write_timeout_s)
+        self._store.remove(self._all_ranks(keys))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until all that was offered is written or dropped: whether that came in time."""
+        return self._writer is None or self._writer.flush(timeout_s)
+
+    def stats(self) -> dict[str, StatsValue]:
+        """By the names of docs/stores.md, the same ones whether or not this process writes."""
+        queue = self._writer.stats() if self._writer is not None else dict.fromkeys(WRITE_BEHIND_VALUES, 0)
+        return {**self._store.stats(), **queue}
+
+    def close(self, timeout_s: float) -> None:
+        """Writes what is queued, drops what takes too long, closes the store. Harmless when called twice."""
+        deadline = time.monotonic() + timeout_s
+        if self._writer is not None:
+            self._writer.close(timeout_s)
+        self._store.close(max(0.0, deadline - time.monotonic()))
+
+    def _scatter(self, kv: PagedKV, block_ids: Int64Array, loaded: Loaded, nbytes: int) -> None:
+        from vcache.transfer import scatter  # loads torch
+
+        count = len(block_ids)
+        if kv.device.type != "cuda":
+            threads = self._client.config.transfer.threads
+            scatter(kv, block_ids, self._store.staging.tensor, loaded.offsets(count), threads=threads)
+            return
+        import torch
+
+        payloads = torch.empty(count * nbytes, dtype=torch.uint8, device=kv.device)
+        for index in range(count):
+            payloads[index * nbytes : (index + 1) * nbytes].copy_(loaded.buffer(index))
+        scatter(kv, block_ids, payloads, np.arange(count, dtype=np.int64) * nbytes)
+        torch.cuda.current_stream(kv.device).synchronize()
+
+    def _all_ranks(self, keys: Sequence[ChunkKey]) -> list[Shard]:
+        return [Shard(key, rank) for key in keys for rank in range(self._ranks)]
