@@ -1,0 +1,75 @@
+"""Searches of the protocol's model: with all rules every reachable state keeps every promise; without any one, some does not.
+
+The bounds are small (two writers, one or two extents, one fault of each kind); the counter-examples of the broken variants are
+all shorter than what the searches exhaust.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.model.protocol_model import Variant
+from tests.model.search import search
+
+HOLD = {
+    "one extent, eviction, kill, restart": Variant(),
+    "two writers of one key": Variant(keys=("A", "A"), cells=2, kills=0, evictions=0),
+    "removal and restart": Variant(removals=1, evictions=0, kills=0),
+    "two restarts": Variant(restarts=2, evictions=0, kills=0),
+    "donor silent, restart": Variant(silences=1, evictions=0, kills=0),
+    "donor silent, removal": Variant(silences=1, removals=1, evictions=0, kills=0, restarts=0),
+}
+
+BREAK = {
+    "extents come back when time is up": (
+        Variant(extents_return_on_evidence=False, restarts=0, kills=0),
+        "cell 0 was granted twice",
+    ),
+    "the gate does not wait for writers": (
+        Variant(gate_waits_for_writers=False, kills=0),
+        "cell 0 was granted twice",
+    ),
+    "the last scan began before the last hello": (
+        Variant(scans_after_hellos=False, kills=0, evictions=0),
+        "nobody knows of the committed",
+    ),
+    "extents are granted before their record is retired": (
+        Variant(retires_before_reuse=False, restarts=0, kills=0),
+        "wrong bytes served",
+    ),
+    "a removal is answered before memory says so": (
+        Variant(answers_removals_late=False, removals=1, evictions=0, kills=0),
+        "was removed, answered, and is back",
+    ),
+    "readers validate before they copy": (
+        Variant(validates_after_copy=False, restarts=0, kills=0),
+        "wrong bytes served",
+    ),
+    "a heartbeat settles grants that are on their way": (
+        Variant(heartbeats_say_seen=False, restarts=0, kills=0),
+        "cell 0 was granted twice",
+    ),
+    "a hello claims what is committed": (
+        Variant(claims_only_unfinished=False, restarts=2, evictions=0, kills=0),
+        "the index says",
+    ),
+    "a donor that was dropped hands over what it had": (
+        Variant(retires_on_return=False, silences=1, removals=1, evictions=0, kills=0),
+        "was removed, answered, and is back",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLD)
+def test_with_every_rule_every_state_keeps_every_promise(name: str) -> None:
+    found = search(HOLD[name])
+    assert found.broken is None, "\n".join([found.broken or "", *found.trace])
+    assert found.is_exhausted and found.states > 1000
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_without_one_rule_a_promise_is_broken(name: str) -> None:
+    variant, promise = BREAK[name]
+    found = search(variant)
+    assert found.broken is not None and promise in found.broken
+    assert found.trace, "the way there is shown"
