@@ -106,7 +106,7 @@ class Donor(NamedTuple):
 class Server(NamedTuple):
     term: int = 1
     next_generation: int = 2
-    index: frozenset[Placement] = frozenset()
+    entries: frozenset[Placement] = frozenset()
     reservations: frozenset[Reservation] = frozenset()
     retiring: frozenset[Retire] = frozenset()
     incarnation: int = 0  # of the registered segment; 0 = none is
@@ -208,11 +208,11 @@ def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Ste
     server = state.server
     if not server.is_open or writer.term != server.term:
         return
-    if any(p.key == writer.key for p in server.index) or any(
+    if any(p.key == writer.key for p in server.entries) or any(
         r.is_live and r.key == writer.key for r in server.reservations
     ):
         return
-    held = [*server.index, *server.reservations]
+    held: list[Placement | Reservation] = [*server.entries, *server.reservations]
     cells = set(range(len(state.cells))) - {holder.cell for holder in held}
     records = set(range(len(state.records))) - {holder.record for holder in held} - {r.record for r in server.retiring}
     if variant.retires_before_reuse:
@@ -237,8 +237,8 @@ def _commit_arrives(state: State, variant: Variant, number: int, writer: Writer)
         yield f"writer {writer.key}: commit means nothing", after
     elif reservation.is_live:
         placement = Placement(reservation.key, reservation.record, reservation.generation, reservation.cell)
-        index = server.index | {placement}
-        settled = server._replace(index=index, reservations=server.reservations - {reservation})
+        entries = server.entries | {placement}
+        settled = server._replace(entries=entries, reservations=server.reservations - {reservation})
         yield f"writer {writer.key}: commit told", after._replace(server=settled)
     else:
         yield f"writer {writer.key}: commit refused", after._replace(server=_settle(server, reservation))
@@ -298,7 +298,7 @@ def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps
         claim = Reservation(
             writer.generation, number, writer.key, writer.record, writer.cell, writer.incarnation, is_live
         )  # fmt: skip
-        server = server._replace(reservations=server.reservations - {found} | {claim})  # type: ignore[arg-type]
+        server = server._replace(reservations=server.reservations - {found} | {claim})
     yield f"writer {writer.key}: hello", _writer(state._replace(server=_open(server)), number, renewed)
 
 
@@ -398,7 +398,7 @@ def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
         if is_removed and removal is not None:
             server = server._replace(removal=(removal[0], removal[1] | {generation}, removal[2]))
         return server._replace(retiring=server.retiring | {retire})
-    return server._replace(index=server.index | {Placement(record.key, at, generation, record.cell)})
+    return server._replace(entries=server.entries | {Placement(record.key, at, generation, record.cell)})
 
 
 # --- the server ---------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
 def _server_steps(state: State, variant: Variant) -> Steps:
     server = state.server
     if state.evictions and server.is_open:
-        for placement in server.index:
+        for placement in server.entries:
             evicted = _retire_placement(server, placement)
             yield f"evict {placement.key}", state._replace(server=evicted, evictions=state.evictions - 1)
     if state.removals and server.removal is None:
@@ -420,7 +420,7 @@ def _server_steps(state: State, variant: Variant) -> Steps:
             yield f"removal of {key} answered", state._replace(server=answered, gone=state.gone | waits)
     if state.silences and server.incarnation and state.donor.term == server.term and not state.donor.was_dropped:
         dropped = server._replace(
-            index=frozenset(),
+            entries=frozenset(),
             retiring=frozenset(),
             reservations=frozenset(r._replace(is_live=False) for r in server.reservations if not r.is_stopped),
             incarnation=0,
@@ -444,7 +444,7 @@ def _server_steps(state: State, variant: Variant) -> Steps:
 def _remove(state: State, variant: Variant, key: str) -> State:
     server = state.server
     waits = {item.generation for item in server.retiring if item.key == key}
-    for placement in [placement for placement in server.index if placement.key == key]:
+    for placement in [placement for placement in server.entries if placement.key == key]:
         waits.add(placement.generation)
         server = _retire_placement(server, placement)
     server = server._replace(removed_below=(key, server.next_generation))
@@ -457,7 +457,7 @@ def _remove(state: State, variant: Variant, key: str) -> State:
 
 def _retire_placement(server: Server, placement: Placement) -> Server:
     retire = Retire(placement.record, placement.generation, placement.cell, placement.key)
-    return server._replace(index=server.index - {placement}, retiring=server.retiring | {retire})
+    return server._replace(entries=server.entries - {placement}, retiring=server.retiring | {retire})
 
 
 def _settle(server: Server, reservation: Reservation) -> Server:
@@ -485,7 +485,7 @@ def _open(server: Server) -> Server:
 def _reader_steps(state: State, variant: Variant) -> Steps:
     reader = state.reader
     if reader.at == "idle":
-        for placement in state.server.index:
+        for placement in state.server.entries:
             yield f"reader: acquire {placement.key}", state._replace(reader=Reader("acquired", placement))
         return
     if reader.placement is None:
@@ -505,7 +505,7 @@ def _reader_steps(state: State, variant: Variant) -> Steps:
             yield "reader: validates", state._replace(reader=reader._replace(at="served"))
         else:
             server = state.server
-            if placement in server.index:
+            if placement in server.entries:
                 server = _retire_placement(server, placement)
             yield "reader reports", state._replace(reader=Reader(), server=server)
 
@@ -527,7 +527,7 @@ def violation(state: State) -> str | None:
     for writer in state.writers:
         if writer.may_touch and busy.setdefault(writer.cell, writer.generation) != writer.generation:
             return f"cell {writer.cell} was granted twice"
-    for placement in server.index:
+    for placement in server.entries:
         if busy.get(placement.cell, placement.generation) != placement.generation:
             return f"a writer is at work in the bytes of {placement.key}"
         found = state.records[placement.record]
@@ -547,7 +547,7 @@ def violation(state: State) -> str | None:
 
 
 def _placed(server: Server) -> list[Placement | Retire]:
-    return [*server.index, *server.retiring]
+    return [*server.entries, *server.retiring]
 
 
 def _reservation(server: Server, generation: int) -> Reservation | None:
@@ -555,7 +555,7 @@ def _reservation(server: Server, generation: int) -> Reservation | None:
 
 
 def _is_taken(server: Server, key: str) -> bool:
-    return any(p.key == key for p in server.index) or any(r.is_live and r.key == key for r in server.reservations)
+    return any(p.key == key for p in server.entries) or any(r.is_live and r.key == key for r in server.reservations)
 
 
 def _put(values: tuple[str, ...], at: int, value: str) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class Dealer:
 
     def donate(self, *, records: int = 64) -> int:
         """Registers a segment of memory that does not exist."""
-        fields = (
+        fields: tuple[Any, ...] = (
             secrets.token_bytes(16),
             1,
             protocol.Tier.DRAM,

@@ -15,5 +15,5 @@ if __name__ == "__main__":
         print("flooding", flush=True)
         while True:
             dealer.socket.send(message)
-            while dealer.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            while int(dealer.socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 dealer.socket.recv()

@@ -113,6 +113,7 @@ def test_room_is_made_for_a_large_payload_in_a_fragmented_segment() -> None:
     world = World()
     donation = full(world, [f"{at:03}" for at in range(40)])
     client = donation.donor
+    outcome: list[protocol.Outcome] = []
     for _ in range(60):
         outcome = client.store([key("large")], units=8)
         world.settle()

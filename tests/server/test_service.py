@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -315,7 +316,18 @@ def test_a_dropped_incarnation_may_not_register_again(world: World) -> None:
     donation.donor.is_suspended = True
     world.pass_time(6.0)
     donation.donor.hello()
-    fields = (donation.memory.id, 1, protocol.Tier.DRAM, "cpu:0", donation.memory.nbytes, UNIT, 8, b"", "", [])
+    fields: tuple[Any, ...] = (
+        donation.memory.id,
+        1,
+        protocol.Tier.DRAM,
+        "cpu:0",
+        donation.memory.nbytes,
+        UNIT,
+        8,
+        b"",
+        "",
+        [],
+    )
     reply = donation.donor.call(protocol.RegisterSegment, *fields)
     assert reply.code is ErrorCode.UNKNOWN_SEGMENT and "register 2" in reply.text
 
@@ -946,5 +958,5 @@ def test_a_segment_is_registered_once_however_often_it_is_said(world: World) -> 
     assert donation.number == number and donation.donor.hits(keys(1)) == 1
     thief = Donation(Client(world, "t"), SegmentMemory("m-t", records=1, units=1), register=False)
     thief.memory.id = donation.memory.id
-    fields = (donation.memory.id, 9, protocol.Tier.DRAM, "cpu:0", 8 * UNIT, UNIT, 8, b"", "", [])
+    fields: tuple[Any, ...] = (donation.memory.id, 9, protocol.Tier.DRAM, "cpu:0", 8 * UNIT, UNIT, 8, b"", "", [])
     assert thief.donor.call(protocol.RegisterSegment, *fields).code is ErrorCode.REFUSED

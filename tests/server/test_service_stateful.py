@@ -325,7 +325,9 @@ class Pool(RuleBasedStateMachine):
         for gone, segments, of_term in self.removed:
             for _, _, segment_id, _, generation in self.world.placements():
                 if generation in gone:
-                    assert of_term != term and segment_id not in segments, "a removed entry is back"
+                    assert segments is not None and of_term != term and segment_id not in segments, (
+                        "a removed entry is back"
+                    )
 
     def _note_indexed(self) -> None:
         index = self.world.service.catalog.index
