@@ -16,8 +16,8 @@ MIB = 1 << 20
 
 #: Deadlines short enough to wait for, and long enough for a busy machine.
 QUICK = {
-    "server": {"heartbeat_interval": 0.05, "liveness_timeout": 2.0, "reservation_timeout": 0.3, "max_lease": 60.0},
-    "client": {"call_timeout": 1.0, "lease": 30.0},
+    "server": {"heartbeat_interval": 0.05, "liveness_timeout": 3.0, "reservation_timeout": 0.3, "max_lease": 60.0},
+    "client": {"call_timeout": 3.0, "lease": 30.0},
 }
 
 

@@ -106,7 +106,7 @@ def test_a_forked_child_has_an_empty_cache_and_cannot_end_its_parents(quick, ope
 def test_many_threads_share_a_client(quick, open_client, open_donor):
     config, _ = quick
     client = open_client(config)
-    open_donor(config, client)
+    open_donor(config, client, size=64 << 20)  # with more records than the threads need: nothing is evicted
     failures = []
 
     def work():

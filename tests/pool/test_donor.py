@@ -130,7 +130,7 @@ def test_a_restarted_server_gets_everything_back_page_by_page(runtime_dir, proce
     incarnation = donor.segment.incarnation
     term = client.term
     again(processes, config, server)
-    until(lambda: client.term > term and donor.registered, "the donor has handed over")
+    until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
     assert load(client, keys) == 900
     assert donor.segment.incarnation == incarnation
     stats = client.stats()
@@ -147,7 +147,7 @@ def test_what_was_removed_stays_gone_when_the_server_restarts(pool, processes):
     assert client.remove(b"".join(keys[3:])) == 3
     term = client.term
     again(processes, config, server)
-    until(lambda: client.term > term and donor.registered, "the donor has handed over")
+    until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
     assert load(client, keys) == 3
     assert [client.lookup(key).hits for key in keys] == [1, 1, 1, 0, 0, 0]
 
@@ -163,7 +163,7 @@ def test_what_was_evicted_stays_gone_when_the_server_restarts(quick, processes, 
     until(lambda: not {item.key for item in donor.segment.scan()} & set(gone), "they are retired in memory")
     term = client.term
     again(processes, config, server)
-    until(lambda: client.term > term and donor.registered, "the donor has handed over")
+    until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
     assert [client.lookup(key).hits for key in gone] == [0] * len(gone)
     donor.segment.check_integrity()
 
@@ -231,7 +231,7 @@ def test_a_corrupt_record_is_retired_instead_of_handed_over(pool, processes):
     words.store(word, words.load(word) ^ 1 << 20)
     term = client.term
     again(processes, config, server)
-    until(lambda: client.term > term and donor.registered, "the donor has handed over")
+    until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
     assert load(client, keys) == 1
     assert store(client, keys) == 1
     assert load(client, keys) == 3

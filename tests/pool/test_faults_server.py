@@ -77,7 +77,10 @@ def test_reservations_in_flight_survive_a_server_killed_twice_in_a_row(quick, pr
         term = writer.term
         server.kill()
         server = processes.server(config)
-        until(lambda before=term: writer.term > before and other.term > before and donor.registered, "all are back")
+        until(
+            lambda before=term: all(it.term > before for it in (writer, other, donor)) and donor.registered,
+            "all are back",
+        )
     assert load(other, present) == 5, "all committed entries are back"
     filler = new_keys(40)
     held = {(int(row["offset"])) for row in write.placements}
@@ -122,8 +125,7 @@ def test_a_server_restarted_under_load_gives_the_entries_back_and_no_wrong_byte(
             server = processes.server(config)
             until(lambda: load(first, kept) == 4, "the entries are back")
     until(lambda: (stats := first.stats()) and not stats.reservations and not stats.leases, "all is given back")
-    present = [keys for keys in chunks if load(second, keys) == 3]
-    assert present, "what was stored under load is there"
+    until(lambda: any(load(second, keys) == 3 for keys in chunks[-20:]), "what was stored under load is there")
     donor.segment.check_integrity()
     for client in (first, second):
         assert client.counters["refused_marks"] == 0

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from tests.pool.payloads import until
 from tests.support.processes import child_environment
 from vcache.errors import CorruptionError, UnavailableError
 from vcache.pool import runtime_dir as module
@@ -141,7 +142,8 @@ def test_a_program_started_by_a_writer_does_not_keep_its_lock(runtime):
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False, env=child_environment()
     ) as other:
         lock.close()
-        assert runtime.is_dead(session)
+        until(lambda: runtime.is_dead(session), "the program has let go of what it was started with")
+        assert other.poll() is None
         other.kill()
 
 

@@ -95,6 +95,11 @@ class Donor:
         return self._registered.wait(timeout_s)
 
     @property
+    def term(self) -> int:
+        """Of the server that last gave the segment a number."""
+        return self._term
+
+    @property
     def state(self) -> State:
         return self._state
 
