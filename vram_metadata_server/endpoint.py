@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Final
 
 from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
@@ -17,7 +18,8 @@ from vcache.pool.runtime_dir import HeldFile, RuntimeDir, lock_file
 
 log = logging.getLogger(__name__)
 
-_IPC = "ipc://"
+_IPC: Final = "ipc://"
+_MAX_TERM: Final = 1 << 42  # milliseconds: the year 2109
 
 
 class EndpointLock:
@@ -47,7 +49,7 @@ class EndpointLock:
 
     def _last_term(self) -> int:
         text = os.pread(self._held.fd, 64, 0).split()
-        if text and text[0].isdigit():
+        if text and text[0].isdigit() and int(text[0]) < _MAX_TERM:
             return int(text[0])
         if text:
             log.warning("%s holds no term: taking the clock's", self._held.path)

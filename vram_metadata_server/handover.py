@@ -21,7 +21,7 @@ from vram_metadata_server.removed import RemovedInTerm
 from vram_metadata_server.reservations import NOBODY, Reservation
 from vram_metadata_server.segments import MAX_RECORDS, Retiring, Segment, SegmentState
 from vram_metadata_server.tombstones import Tombstones
-from vram_metadata_server.writes import Writes
+from vram_metadata_server.writes import MAX_GENERATION, Writes
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,9 @@ class Registrar:
     def hello(self, session: Session, outstanding: list[protocol.Reservation]) -> None:
         """*hello*: what the writer holds of earlier terms is nobody else's; gates wait for it no longer."""
         for said in outstanding:
+            if said.generation >= MAX_GENERATION:
+                log.error("%s claims the impossible generation %d", session.name, said.generation)
+                continue
             self._writes.saw_generation(said.generation)
             known = self._catalog.reservations.get(said.generation)
             if known is None:
@@ -229,6 +232,8 @@ class Registrar:
         return taken
 
     def _take(self, segment: Segment, item: RecordInfo, removals: list[Removal]) -> int:
+        if item.generation >= MAX_GENERATION:
+            raise ContradictionError(f"record {item.record}: the impossible generation {item.generation}")
         self._writes.saw_generation(item.generation)
         if not _is_inside(segment, item.record, item.offset, item.nbytes):
             raise ContradictionError(f"record {item.record}: an extent at {item.offset} of {item.nbytes} bytes")

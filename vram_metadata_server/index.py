@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from vcache.protocol import KEY_BYTES, PLACEMENT
+from vcache.protocol import KEY_BYTES, PLACEMENT, ErrorCode
+from vram_metadata_server.refusal import RefusalError
 
 if TYPE_CHECKING:
     from vram_metadata_server.segments import Segment
@@ -24,10 +25,11 @@ _unpackers: Final = [Packer(f"{KEY_BYTES}s" * count) for count in range(_KEYS_AT
 
 
 def split_keys(blob: bytes) -> Sequence[bytes]:
-    """The keys of a blob, in order. Raises ``ValueError`` when it is not a whole number of keys."""
+    """The keys of a blob, in order. Raises ``RefusalError`` when it is not a whole number of keys."""
     count, rest = divmod(len(blob), KEY_BYTES)
     if rest:
-        raise ValueError(f"keys: {len(blob)} bytes are not a whole number of {KEY_BYTES}-byte keys")
+        text = f"keys: {len(blob)} bytes are not a whole number of {KEY_BYTES}-byte keys"
+        raise RefusalError(ErrorCode.BAD_REQUEST, text)
     if count <= _KEYS_AT_ONCE:
         return _unpackers[count].unpack(blob)
     return [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]

@@ -23,13 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class Reads:
-    """What readers ask for. Calls raise ``ValueError`` on keys that are none."""
+    """What readers ask for. Calls raise ``RefusalError`` on keys that are none."""
 
     def __init__(self, catalog: Catalog, tombstones: Tombstones, leases: LeaseTable, pins: PinTable) -> None:
         self._catalog = catalog
         self._index = catalog.index
         self._counters = catalog.counters
         self._tombstones = tombstones
+        self._sweeps = tombstones.sweeps
         self._leases = leases
         self._pins = pins
 
@@ -70,7 +71,7 @@ class Reads:
 
     def _keys(self, blob: bytes) -> Sequence[bytes]:
         keys = split_keys(blob)
-        if len(self._tombstones):
+        if self._sweeps:
             self._bury(keys)
         self._counters["lookups"] += 1
         self._counters["lookup_keys"] += len(keys)
@@ -115,7 +116,7 @@ class Reads:
     def pin(self, request: protocol.Pin) -> int:
         """Pins the keys that are there; answers how many."""
         keys = split_keys(request.keys)
-        if len(self._tombstones):
+        if self._sweeps:
             for key in keys:
                 self._bury((key,))
         deadline = self._catalog.now + request.pin_s

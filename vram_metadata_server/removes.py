@@ -27,13 +27,13 @@ class Removes:
         self.answers: list[tuple[bytes, Done]] = []
 
     def remove(self, route: bytes, request: int, blob: bytes) -> None:
-        """Removes chunks. Raises ``ValueError`` on keys that are none."""
+        """Removes chunks. Raises ``RefusalError`` on keys that are none."""
         keys = split_keys(blob)
         removal = Removal(route, request, self.answers)
         catalog = self._catalog
         for key in keys:
             entry = catalog.index.get(key)
-            if entry is not None and len(self._tombstones):  # first: what it buries is being retired from then on
+            if entry is not None and self._tombstones.sweeps:  # first: what it buries is being retired from then on
                 self._tombstones.bury(entry)
                 entry = catalog.index.get(key)
             for item in catalog.retiring.get(key, ()):

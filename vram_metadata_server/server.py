@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,6 +25,7 @@ from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.curve import authorized_clients, secure_server
 from vcache.errors import ConfigError, UnavailableError
+from vcache.log import log_once_per
 from vcache.pool.runtime_dir import RuntimeDir
 from vram_metadata_server.endpoint import EndpointLock
 from vram_metadata_server.intake import answer_id
@@ -40,6 +42,7 @@ _RCVMORE: Final = int(zmq.RCVMORE)
 _BATCH: Final = 256  # messages between two ticks, while a tick has something to do
 _TICK_S: Final = 0.02  # between ticks that only look at deadlines
 _IDLE_MS: Final = 50
+_SAY_AGAIN_S: Final = 10.0
 _SUSPENDED_S: Final = 0.5  # between two rounds of the loop; a batch and a tick take a few hundredths of that
 #: Per peer, in messages. A peer that floods or does not read costs at most this many of the largest ones.
 _RECEIVE_HWM: Final = 256
@@ -154,9 +157,11 @@ class Server:
         service = self.service
         next_tick = judged_from = before = time.monotonic()
         handled = 0  # since the last tick
+        has_work = False
         with _signals(self.stop), _no_collector():
             while not self._stopping:
-                is_empty = not self._serve_one(_DONTWAIT if service.has_work else 0)
+                is_empty = not self._serve_one(_DONTWAIT if has_work else 0)
+                has_work = service.has_work
                 handled += 1
                 now = time.monotonic()
                 if now - before > _SUSPENDED_S:
@@ -165,9 +170,10 @@ class Server:
                     log.warning("stood still for %.1f s", now - before)
                     judged_from = now + 2 * service.settings.heartbeat_s
                 before = now
-                if now >= next_tick or (service.has_work and (is_empty or handled >= _BATCH)):
+                if now >= next_tick or (has_work and (is_empty or handled >= _BATCH)):
                     drained = self._fairness.all_had_a_turn(is_empty=not self._has_input())  # after ``now`` was taken
                     self._send(self._tick(now, drained and now >= judged_from))
+                    has_work = service.has_work
                     next_tick = now + _TICK_S
                     handled = 0
         log.info("ends")
@@ -221,7 +227,7 @@ class Server:
         try:
             return self.service.tick(now, drained)
         except Exception:
-            log.exception("a tick failed")
+            log_once_per(_SAY_AGAIN_S, "tick", log, logging.ERROR, "a tick failed: %s", traceback.format_exc())
             self.service.counters["failed_messages"] += 1
             return []
 

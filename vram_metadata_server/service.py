@@ -109,8 +109,6 @@ class Service:
             reply = self._dispatch(sender, request, now)
         except RefusalError as refusal:
             reply = self._refuse(request, refusal.code, str(refusal))
-        except ValueError as error:
-            reply = self._refuse(request, ErrorCode.BAD_REQUEST, str(error))
         out: Outgoing = [] if reply is None else [(sender, reply)]
         if self.removes.answers:
             self._answer_removals(out)
@@ -276,7 +274,9 @@ class Service:
     @property
     def has_work(self) -> bool:
         """Whether a tick has something to do that does not wait for a deadline."""
-        return bool(self.catalog.to_order or len(self.tombstones) or len(self.catalog.pressure) or self.removes.answers)
+        return bool(
+            self.catalog.to_order or self.tombstones.sweeps or self.catalog.pressure.targets or self.removes.answers
+        )
 
     def tick(self, now: float, drained: bool) -> Outgoing:
         """Does what time brings, a bounded amount of it.

@@ -42,21 +42,19 @@ class Tombstones:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._clearings: list[Clearing] = []
-        self._sweeps: deque[Sweep] = deque()
-
-    def __len__(self) -> int:
-        return len(self._sweeps)
+        #: While there are any, an entry that is found may be dead.
+        self.sweeps: deque[Sweep] = deque()
 
     def bury_segment(self, segment: Segment) -> None:
         """The segment is readable no more: its entries end with it."""
-        self._sweeps.append(Sweep(segment, None, len(segment.records)))
+        self.sweeps.append(Sweep(segment, None, len(segment.records)))
 
     def clear(self, tenant: int | None, below: int, removal: Removal) -> None:
         """Removes everything of a tenant (None: of all) with a generation below ``below``."""
         clearing = Clearing(tenant, below, removal)
         for segment in self._catalog.segments.values():
             if segment.records and segment.is_readable:
-                self._sweeps.append(Sweep(segment, clearing, len(segment.records)))
+                self.sweeps.append(Sweep(segment, clearing, len(segment.records)))
                 clearing.sweeps += 1
                 removal.wait()
         if clearing.sweeps:
@@ -77,8 +75,8 @@ class Tombstones:
 
     def sweep(self, records: int) -> None:
         """Goes on with the sweeps, over so many records."""
-        while self._sweeps and records > 0:
-            sweep = self._sweeps[0]
+        while self.sweeps and records > 0:
+            sweep = self.sweeps[0]
             stop = min(sweep.end, sweep.at + records)
             held = sweep.segment.records[sweep.at : stop]
             records -= stop - sweep.at
@@ -89,7 +87,7 @@ class Tombstones:
                 elif sweep.segment.is_readable:
                     self._visit_cleared(holder, sweep.clearing)
             if sweep.at == sweep.end:
-                self._sweeps.popleft()
+                self.sweeps.popleft()
                 if sweep.clearing is not None:
                     self._finish(sweep.clearing)
 

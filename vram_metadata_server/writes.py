@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from vcache import protocol
-from vcache.protocol import PLACEMENT, Outcome
+from vcache.protocol import PLACEMENT, ErrorCode, Outcome
 from vram_metadata_server.catalog import Catalog, key_text
 from vram_metadata_server.index import Entry, split_keys
 from vram_metadata_server.members import Session
 from vram_metadata_server.pins import PinTable
 from vram_metadata_server.placement import segments_for_write
+from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, Reservation
 from vram_metadata_server.segments import Retiring, Segment, SegmentState
 from vram_metadata_server.tombstones import Tombstones
@@ -25,6 +26,8 @@ from vram_metadata_server.tombstones import Tombstones
 log = logging.getLogger(__name__)
 
 _TERM_BITS: Final = 20
+#: No term's generations come near it (that of the year 2100 do); one beyond it is a lie, and believing it would use them up.
+MAX_GENERATION: Final = 1 << 62
 
 
 class Writes:
@@ -45,15 +48,15 @@ class Writes:
     # --- reserve --------------------------------------------------------------------------------------------------
 
     def reserve(self, writer: Session, request: protocol.Reserve) -> tuple[bytes, bytes]:
-        """*reserve*: an outcome byte per key, and the placements of those granted. Raises ``ValueError``."""
+        """*reserve*: an outcome byte per key, and the placements of those granted. Raises ``RefusalError``."""
         catalog = self._catalog
         keys = split_keys(request.keys)
         if request.parent and len(request.parent) != protocol.KEY_BYTES:
-            raise ValueError(f"parent: {len(request.parent)} bytes are not a key")
+            raise RefusalError(ErrorCode.BAD_REQUEST, f"parent: {len(request.parent)} bytes are not a key")
         if request.rank >= request.ranks:
-            raise ValueError(f"rank {request.rank} of {request.ranks} ranks")
+            raise RefusalError(ErrorCode.BAD_REQUEST, f"rank {request.rank} of {request.ranks} ranks")
         if not request.nbytes:
-            raise ValueError("nbytes: an empty payload")
+            raise RefusalError(ErrorCode.BAD_REQUEST, "nbytes: an empty payload")
         able = segments_for_write(catalog.segments.values(), writer, request.nbytes, catalog.settings.placement)
         best = able[-1] if able else None
         room = OUTSTANDING_PER_SESSION - len(catalog.reservations.of_session(writer.id))
@@ -86,7 +89,7 @@ class Writes:
         catalog = self._catalog
         entry = catalog.index.get(key)
         if entry is not None:
-            if len(self._tombstones):
+            if self._tombstones.sweeps:
                 self._tombstones.bury(entry)
                 entry = catalog.index.get(key)
             if entry is not None:

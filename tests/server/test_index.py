@@ -9,6 +9,7 @@ import pytest
 from tests.server.world import key
 from vcache.protocol import PLACEMENT, SegmentInfo, Tier
 from vram_metadata_server.index import Entry, Index, Placement, split_keys
+from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.segments import Segment
 
 
@@ -31,7 +32,7 @@ def test_keys_are_split_in_order(count: int) -> None:
 
 
 def test_a_blob_that_is_no_whole_number_of_keys_is_refused() -> None:
-    with pytest.raises(ValueError, match="17 bytes"):
+    with pytest.raises(RefusalError, match="17 bytes"):
         split_keys(bytes(17))
 
 

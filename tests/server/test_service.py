@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.server.world import SETTINGS, UNIT, Client, Donation, SegmentMemory, World, key
+from tests.server.world import SETTINGS, UNIT, Client, Donation, SegmentMemory, World, Write, key
 from vcache import protocol
 from vcache.protocol import ErrorCode, Outcome
 
@@ -960,3 +961,25 @@ def test_a_segment_is_registered_once_however_often_it_is_said(world: World) -> 
     thief.memory.id = donation.memory.id
     fields: tuple[Any, ...] = (donation.memory.id, 9, protocol.Tier.DRAM, "cpu:0", 8 * UNIT, UNIT, 8, b"", "", [])
     assert thief.donor.call(protocol.RegisterSegment, *fields).code is ErrorCode.REFUSED
+
+
+def test_an_impossible_generation_is_not_believed(world: World) -> None:
+    donation = world.donor("d")
+    donation.donor.store(keys(1))
+    (said,) = [write.said for write in _reserved(donation.donor)]
+    lie = msgspec.structs.replace(said, generation=(1 << 63) - 2, record=5)
+    hello = protocol.Hello(
+        1, b"liar" * 4, 0, protocol.PROTOCOL_VERSION, donation.donor.host, "liar", "cpu:0", True, [lie]
+    )
+    world.service.handle(b"liar", hello, world.now)
+    donation.memory.records[0].generation = (1 << 63) - 2
+    world.restart_server()
+    world.beat()
+    donation.hand_over()
+    assert world.service.counters["segments_corrupt"] == 1
+    assert world.service.writes.next_generation < 1 << 62
+
+
+def _reserved(client: Client) -> list[Write]:
+    client.reserve(keys("lie"))
+    return list(client.outstanding.values())

@@ -25,20 +25,17 @@ class Pressure:
         self._policy = policy
         self._high = high_watermark
         self._low = low_watermark
-        self._targets: dict[
+        self.targets: dict[
             Segment, tuple[int, int]
         ] = {}  # evict until used bytes and kept records are no more than these
 
-    def __len__(self) -> int:
-        return len(self._targets)
-
     def check(self, segment: Segment) -> None:
         """To be called when a segment has got fuller."""
-        if segment.space is None or segment in self._targets:
+        if segment.space is None or segment in self.targets:
             return
         total = segment.space.total_bytes
         if segment.used_bytes > self._high * total or segment.kept_records > self._high * segment.record_count:
-            self._targets[segment] = (int(self._low * total), int(self._low * segment.record_count))
+            self.targets[segment] = (int(self._low * total), int(self._low * segment.record_count))
 
     def nudge(self, segment: Segment, nbytes: int) -> None:
         """A write of ``nbytes`` found no record or no extent: make some room even below the high watermark."""
@@ -53,17 +50,17 @@ class Pressure:
         )
         if segment.retiring and segment.retiring_bytes >= room:
             return  # room is already being made
-        known = self._targets.get(segment, wanted)
-        self._targets[segment] = (min(known[0], wanted[0]), min(known[1], wanted[1]))
+        known = self.targets.get(segment, wanted)
+        self.targets[segment] = (min(known[0], wanted[0]), min(known[1], wanted[1]))
 
     def victims(self, most: int) -> Iterator[Placement]:
         """Up to ``most`` placements to evict; the caller evicts each one's entry before it asks for the next.
 
         A segment in which nothing may go now is left alone until the next check or nudge.
         """
-        for segment in list(self._targets):
+        for segment in list(self.targets):
             while segment.state is SegmentState.SERVING:
-                used_bytes, records = self._targets[segment]
+                used_bytes, records = self.targets[segment]
                 if segment.used_bytes <= used_bytes and segment.kept_records <= records:
                     break
                 if most <= 0:
@@ -73,8 +70,8 @@ class Pressure:
                     break
                 most -= 1
                 yield victim
-            self._targets.pop(segment, None)
+            self.targets.pop(segment, None)
 
     def forget(self, segment: Segment) -> None:
-        self._targets.pop(segment, None)
+        self.targets.pop(segment, None)
         self._policy.forget(segment)
