@@ -3,7 +3,7 @@
 One segment, its donor, some writers that each store one chunk, one reader and the server. Every step that some process takes
 alone is one transition, so any process may be suspended between any two of its steps, any message may be late, and time (a
 deadline) may strike whenever it likes. ``Variant`` says which rules are in force: with all of them no state breaks a promise
-(``violation``), without any one of them some state does.
+(``promises.py``), without any one of them some state does.
 
 The server's code takes the same steps under the same names (``vram_metadata_server/writes.py``, ``handover.py``,
 ``catalog.py``, ``removes.py``). Left out: several segments and ranks, sizes, eviction's choice, leases (they bound waiting,
@@ -12,136 +12,20 @@ not safety).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
-
-FREE = 0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How large the world is, how often what goes wrong may go wrong, and which rules hold (all, by default)."""
-
-    keys: tuple[str, ...] = ("A", "B")  # one writer each
-    records: int = 2
-    cells: int = 1
-    evictions: int = 1
-    removals: int = 0
-    restarts: int = 1
-    kills: int = 1
-    silences: int = 0  # how often the donor is dropped because it was silent, though it lives
-    # The rules. Each is False in some test that shows what it is for.
-    extents_return_on_evidence: bool = True  # rule 4; otherwise when the deadline has passed
-    gate_waits_for_writers: bool = True  # rule 5; otherwise only for the last page of the handover
-    scans_after_hellos: bool = True  # a handover that began before the last hello is repeated before the gate opens
-    retires_before_reuse: bool = True  # rule 3; otherwise an evicted extent may be granted at once
-    answers_removals_late: bool = True  # "removed means gone"; otherwise answered before memory says so
-    validates_after_copy: bool = True  # rule 2
-    heartbeats_say_seen: bool = True  # otherwise absence settles also a grant that is still on its way
-    claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
-    retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
-
-
-class Record(NamedTuple):
-    generation: int  # 0 = free, odd = a writer at work, even = committed
-    key: str
-    cell: int
-
-
-class Writer(NamedTuple):
-    """``at``: idle, asked (grant on its way), granted, marked, written, committed, sent (commit on its way), done."""
-
-    at: str
-    key: str
-    term: int  # of its last hello
-    generation: int = 0
-    record: int = -1
-    cell: int = -1
-    incarnation: int = 0
-    is_alive: bool = True
-
-    @property
-    def is_outstanding(self) -> bool:
-        return self.at in ("granted", "marked", "written", "committed")
-
-    @property
-    def may_touch(self) -> bool:
-        return self.is_alive and self.at in ("asked", "granted", "marked", "written")
-
-
-class Reservation(NamedTuple):
-    generation: int
-    writer: int
-    key: str
-    record: int
-    cell: int
-    incarnation: int
-    is_live: bool
-    is_stopped: bool = False
-
-
-class Placement(NamedTuple):
-    key: str
-    record: int
-    generation: int
-    cell: int
-
-
-class Retire(NamedTuple):
-    record: int
-    generation: int
-    cell: int
-    key: str
-
-
-class Donor(NamedTuple):
-    term: int  # of its registration
-    incarnation: int = 1
-    was_dropped: bool = False  # silent for too long: it knows, by its own clock or because the server says so
-    pages: tuple[tuple[int, Record], ...] | None = None  # scanned, not yet handed over
-    done: frozenset[Retire] = frozenset()  # retired in memory, not yet told
-
-
-class Server(NamedTuple):
-    term: int = 1
-    next_generation: int = 2
-    entries: frozenset[Placement] = frozenset()
-    reservations: frozenset[Reservation] = frozenset()
-    retiring: frozenset[Retire] = frozenset()
-    incarnation: int = 0  # of the registered segment; 0 = none is
-    is_settled: bool = False  # at the registration every attached writer had said hello
-    is_handed_over: bool = False
-    is_open: bool = False
-    waiting: frozenset[int] = frozenset()  # attached writers without a hello in this term
-    retired: frozenset[int] = frozenset()  # generations retired since the registration, while the gate is closed
-    known: frozenset[int] = frozenset()  # writers that said hello in this term
-    removal: tuple[str, frozenset[int], bool] | None = None  # key, generations it waits for, and for the handover
-    removed_below: tuple[str, int] | None = None  # what a later handover may not bring back
-
-
-class Reader(NamedTuple):
-    at: str = "idle"  # idle, acquired, (checked,) copied, served
-    placement: Placement | None = None
-    copied: str = ""
-
-
-class State(NamedTuple):
-    records: tuple[Record, ...]
-    cells: tuple[str, ...]
-    writers: tuple[Writer, ...]
-    donor: Donor
-    server: Server
-    reader: Reader
-    evictions: int
-    removals: int
-    restarts: int
-    kills: int
-    silences: int
-    gone: frozenset[int] = frozenset()  # generations whose removal was answered
-
-
-Steps = Iterator[tuple[str, State]]
+from tests.model.state import (
+    FREE,
+    Donor,
+    Placement,
+    Reader,
+    Record,
+    Reservation,
+    Retire,
+    Server,
+    State,
+    Steps,
+    Variant,
+    Writer,
+)
 
 
 def start(variant: Variant) -> State:
@@ -513,34 +397,6 @@ def _reader_steps(state: State, variant: Variant) -> Steps:
 def _copy(state: State, reader: Reader, placement: Placement) -> Steps:
     copied = reader._replace(at="copied", copied=state.cells[placement.cell])
     yield "reader: copies", state._replace(reader=copied)
-
-
-# --- what is promised ---------------------------------------------------------------------------------------------------
-
-
-def violation(state: State) -> str | None:
-    """Which promise this state breaks."""
-    server, reader = state.server, state.reader
-    if reader.at == "served" and reader.placement is not None and reader.copied != reader.placement.key:
-        return f"wrong bytes served: asked for {reader.placement.key}, got {reader.copied!r}"
-    busy: dict[int, int] = {}
-    for writer in state.writers:
-        if writer.may_touch and busy.setdefault(writer.cell, writer.generation) != writer.generation:
-            return f"cell {writer.cell} was granted twice"
-    for placement in server.entries:
-        if busy.get(placement.cell, placement.generation) != placement.generation:
-            return f"a writer is at work in the bytes of {placement.key}"
-        found = state.records[placement.record]
-        if found != (placement.generation, placement.key, placement.cell):
-            return f"the index says {placement}, memory says {found}"
-        if placement.generation in state.gone:
-            return f"{placement.key} was removed, answered, and is back"
-    if server.is_open:
-        known = {holder.generation for holder in [*_placed(server), *server.reservations]}
-        for record in state.records:
-            if record.generation and record.generation % 2 == 0 and record.generation not in known:
-                return f"nobody knows of the committed {record}"
-    return None
 
 
 # --- small parts --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from tests.model.protocol_model import State, Variant, start, steps, violation
+from tests.model.promises import violation
+from tests.model.protocol_model import start, steps
+from tests.model.state import State, Variant
 
 
 class Finding(NamedTuple):

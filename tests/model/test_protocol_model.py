@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.model.protocol_model import Variant
 from tests.model.search import search
+from tests.model.state import Variant
 
 HOLD = {
     "one extent, eviction, kill, restart": Variant(),

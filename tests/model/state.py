@@ -1,0 +1,134 @@
+"""The states of the protocol's model: what every process knows, and which rules are in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+FREE = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How large the world is, how often what goes wrong may go wrong, and which rules hold (all, by default)."""
+
+    keys: tuple[str, ...] = ("A", "B")  # one writer each
+    records: int = 2
+    cells: int = 1
+    evictions: int = 1
+    removals: int = 0
+    restarts: int = 1
+    kills: int = 1
+    silences: int = 0  # how often the donor is dropped because it was silent, though it lives
+    # The rules. Each is False in some test that shows what it is for.
+    extents_return_on_evidence: bool = True  # rule 4; otherwise when the deadline has passed
+    gate_waits_for_writers: bool = True  # rule 5; otherwise only for the last page of the handover
+    scans_after_hellos: bool = True  # a handover that began before the last hello is repeated before the gate opens
+    retires_before_reuse: bool = True  # rule 3; otherwise an evicted extent may be granted at once
+    answers_removals_late: bool = True  # "removed means gone"; otherwise answered before memory says so
+    validates_after_copy: bool = True  # rule 2
+    heartbeats_say_seen: bool = True  # otherwise absence settles also a grant that is still on its way
+    claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
+    retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
+
+
+class Record(NamedTuple):
+    generation: int  # 0 = free, odd = a writer at work, even = committed
+    key: str
+    cell: int
+
+
+class Writer(NamedTuple):
+    """``at``: idle, asked (grant on its way), granted, marked, written, committed, sent (commit on its way), done."""
+
+    at: str
+    key: str
+    term: int  # of its last hello
+    generation: int = 0
+    record: int = -1
+    cell: int = -1
+    incarnation: int = 0
+    is_alive: bool = True
+
+    @property
+    def is_outstanding(self) -> bool:
+        return self.at in ("granted", "marked", "written", "committed")
+
+    @property
+    def may_touch(self) -> bool:
+        return self.is_alive and self.at in ("asked", "granted", "marked", "written")
+
+
+class Reservation(NamedTuple):
+    generation: int
+    writer: int
+    key: str
+    record: int
+    cell: int
+    incarnation: int
+    is_live: bool
+    is_stopped: bool = False
+
+
+class Placement(NamedTuple):
+    key: str
+    record: int
+    generation: int
+    cell: int
+
+
+class Retire(NamedTuple):
+    record: int
+    generation: int
+    cell: int
+    key: str
+
+
+class Donor(NamedTuple):
+    term: int  # of its registration
+    incarnation: int = 1
+    was_dropped: bool = False  # silent for too long: it knows, by its own clock or because the server says so
+    pages: tuple[tuple[int, Record], ...] | None = None  # scanned, not yet handed over
+    done: frozenset[Retire] = frozenset()  # retired in memory, not yet told
+
+
+class Server(NamedTuple):
+    term: int = 1
+    next_generation: int = 2
+    entries: frozenset[Placement] = frozenset()
+    reservations: frozenset[Reservation] = frozenset()
+    retiring: frozenset[Retire] = frozenset()
+    incarnation: int = 0  # of the registered segment; 0 = none is
+    is_settled: bool = False  # at the registration every attached writer had said hello
+    is_handed_over: bool = False
+    is_open: bool = False
+    waiting: frozenset[int] = frozenset()  # attached writers without a hello in this term
+    retired: frozenset[int] = frozenset()  # generations retired since the registration, while the gate is closed
+    known: frozenset[int] = frozenset()  # writers that said hello in this term
+    removal: tuple[str, frozenset[int], bool] | None = None  # key, generations it waits for, and for the handover
+    removed_below: tuple[str, int] | None = None  # what a later handover may not bring back
+
+
+class Reader(NamedTuple):
+    at: str = "idle"  # idle, acquired, (checked,) copied, served
+    placement: Placement | None = None
+    copied: str = ""
+
+
+class State(NamedTuple):
+    records: tuple[Record, ...]
+    cells: tuple[str, ...]
+    writers: tuple[Writer, ...]
+    donor: Donor
+    server: Server
+    reader: Reader
+    evictions: int
+    removals: int
+    restarts: int
+    kills: int
+    silences: int
+    gone: frozenset[int] = frozenset()  # generations whose removal was answered
+
+
+Steps = Iterator[tuple[str, State]]
