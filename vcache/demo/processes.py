@@ -172,12 +172,18 @@ class Stage:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
+    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can.
+
+    One that comes where Python can but ignore an exception (in a finaliser, say) is raised again at the end.
+    """
+    came = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -185,3 +191,5 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+    if came:
+        raise KeyboardInterrupt
