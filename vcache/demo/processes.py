@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self
@@ -30,6 +31,7 @@ STOP_TIMEOUT_S: Final = 10.0
 LOG_TAIL_LINES: Final = 30
 SHARED_MEMORY: Final = Path("/dev/shm")
 _PR_SET_PDEATHSIG: Final = 1
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 _libc: Final = ctypes.CDLL(None)
 
 
@@ -37,8 +39,10 @@ class ChildFailed(VCacheError):  # noqa: N818 - an event that happened to a chil
     """A process of the demo ended early or said nothing in time; carries the end of its log."""
 
 
-def _die_with_parent() -> None:
+def _begin_child(signal_mask: set[signal.Signals]) -> None:
+    """Lets the child die with its parent, and be told to end."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
 
 
 class Child:
@@ -50,6 +54,8 @@ class Child:
         read_fd, write_fd = os.pipe()
         self._pipe = os.fdopen(read_fd, "rb", buffering=0)
         self._pending = b""
+        # Around a fork Python runs hooks in which it ignores exceptions: an interrupt that came then would be lost.
+        mask = {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)}
         try:
             with log.open("wb") as output:
                 self._process = subprocess.Popen(
@@ -60,10 +66,11 @@ class Child:
                     env=dict(environment),
                     pass_fds=(write_fd,),
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - calls nothing but prctl, bound beforehand
+                    preexec_fn=partial(_begin_child, mask),  # noqa: PLW1509 - calls nothing but prctl and the mask
                 )
         finally:
             os.close(write_fd)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     @property
     def running(self) -> bool:
@@ -172,18 +179,12 @@ class Stage:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can.
-
-    One that comes where Python can but ignore an exception (in a finaliser, say) is raised again at the end.
-    """
-    came = False
+    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -191,5 +192,3 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    if came:
-        raise KeyboardInterrupt
