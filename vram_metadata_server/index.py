@@ -114,8 +114,10 @@ class Index:
 
     def count(self, keys: Sequence[bytes]) -> int:
         """The length of the leading run of whole chunks, without a look at the entries themselves."""
-        found = list(map(self.whole.__contains__, keys))
-        return len(found) if all(found) else found.index(False)
+        is_there = self.whole.__contains__
+        if all(map(is_there, keys)):
+            return len(keys)
+        return list(map(is_there, keys)).index(False)
 
     def create(self, key: bytes, parent: bytes, tenant: int, ranks: int) -> Entry:
         """A new entry without placements; the caller adds the first at once. It becomes its parent's child."""
