@@ -51,10 +51,12 @@ def fill(write: PendingWrite, keys: Sequence[ChunkKey]) -> None:
 
 
 def store(client: PoolClient, keys: Sequence[ChunkKey], **options) -> int:
-    """Chunks stored."""
+    """Chunks stored. The server has been told when it returns, so that any other client finds them."""
     write = start_write(client, keys, **options)
     fill(write, keys)
-    return write.complete()
+    stored = write.complete()
+    client.lookup(b"".join(keys))  # a round trip behind the commit
+    return stored
 
 
 def copy_out(read: PendingRead) -> dict[int, bytes]:
@@ -77,6 +79,11 @@ def load(client: PoolClient, keys: Sequence[ChunkKey]) -> int:
     for chunk in range(valid):
         assert copied[chunk] == payload(keys[chunk], len(copied[chunk])), f"WRONG BYTES served for chunk {chunk}"
     return valid
+
+
+def until_serving(client: PoolClient) -> None:
+    """Waits until every segment grants space: after a restart that comes later than its registration."""
+    until(lambda: (stats := client.stats()) and {it.state for it in stats.segments} == {"serving"}, "open gates")
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.pool.conftest import QUICK
-from tests.pool.payloads import copy_out, fill, load, new_keys, start_write, store, until
+from tests.pool.payloads import copy_out, fill, load, new_keys, start_write, store, until, until_serving
 from vcache.config import VCacheConfig
 from vcache.errors import CapacityError
 from vcache.memory.host import HostMemory
@@ -136,6 +136,7 @@ def test_a_restarted_server_gets_everything_back_page_by_page(runtime_dir, proce
     stats = client.stats()
     assert stats is not None
     assert (stats.entries, stats.counters["handed_over"]) == (900, 900)
+    until_serving(client)
     assert store(client, new_keys(5)) == 5
     donor.segment.check_integrity()
 
@@ -233,6 +234,7 @@ def test_a_corrupt_record_is_retired_instead_of_handed_over(pool, processes):
     again(processes, config, server)
     until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
     assert load(client, keys) == 1
+    until_serving(client)
     assert store(client, keys) == 1
     assert load(client, keys) == 3
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.pool.payloads import NBYTES, fill, load, new_keys, start_write, store, until
+from tests.pool.payloads import NBYTES, fill, load, new_keys, start_write, store, until, until_serving
 
 MIB = 1 << 20
 
@@ -82,6 +82,7 @@ def test_reservations_in_flight_survive_a_server_killed_twice_in_a_row(quick, pr
             "all are back",
         )
     assert load(other, present) == 5, "all committed entries are back"
+    until_serving(other)
     filler = new_keys(40)
     held = {(int(row["offset"])) for row in write.placements}
     granted = start_write(other, filler)
