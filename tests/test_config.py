@@ -190,6 +190,7 @@ def test_all_problems_of_all_sources_are_told_at_once(tmp_path, monkeypatch):
         ("server.heartbeat_interval", 0, "greater than 0"),
         ("server.max_lease", "48h", "less than or equal to 86400"),
         ("server.max_message_bytes", "64MiB", "less than or equal to 4194304"),
+        ("server.max_message_bytes", "64KiB", "greater than or equal to 524288"),  # the keys of one call fit
         ("server.placement", "random", "'local_first' or 'most_free'"),
         ("server.eviction.policy", "fifo", "'lru'"),
         ("server.eviction.high_watermark", 1.5, "less than or equal to 1"),

@@ -74,7 +74,7 @@ class ServerConfig(Section):
     incomplete_timeout: Seconds = 60.0
     max_lease: Seconds = 60.0
     placement: Literal["local_first", "most_free"] = "local_first"
-    max_message_bytes: Annotated[Size, Field(ge=64 << 10, le=MAX_MESSAGE_BYTES)] = MAX_MESSAGE_BYTES
+    max_message_bytes: Annotated[Size, Field(ge=512 << 10, le=MAX_MESSAGE_BYTES)] = MAX_MESSAGE_BYTES
     eviction: EvictionConfig = Field(default_factory=EvictionConfig)
     curve: CurveConfig = Field(default_factory=CurveConfig)
 

@@ -24,8 +24,7 @@ from vcache.protocol import Done, Error, ErrorCode, Hits, Orders, Placements, Re
 from vram_metadata_server import report
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.counters import Counters
-from vram_metadata_server.eviction.base import EvictionPolicy
-from vram_metadata_server.eviction.lru import LeafLRU
+from vram_metadata_server.eviction.policies import POLICIES
 from vram_metadata_server.handover import Registrar
 from vram_metadata_server.intake import answer_id
 from vram_metadata_server.leases import LeaseTable
@@ -54,16 +53,14 @@ class Service:
     unix time. Single-threaded: the caller makes one call at a time.
     """
 
-    def __init__(
-        self, settings: ServiceSettings, *, term: int, wall_s: float = 0.0, policy: EvictionPolicy | None = None
-    ) -> None:
+    def __init__(self, settings: ServiceSettings, *, term: int, wall_s: float = 0.0) -> None:
         self.term = term
         self.settings = settings
         self.counters = Counters()
         self.members = Members(settings.liveness_s)
         self.leases = LeaseTable(first_id=(term << 20) + 1)  # never an id of an earlier term
         self.pins = PinTable()
-        self.catalog = Catalog(settings, policy if policy is not None else LeafLRU(), self.counters)
+        self.catalog = Catalog(settings, POLICIES[settings.eviction_policy](), self.counters)
         self.tombstones = Tombstones(self.catalog)
         self.writes = Writes(self.catalog, self.tombstones, self.pins, term)
         self.registrar = Registrar(self.catalog, self.tombstones, self.writes, self.members, wall_s)

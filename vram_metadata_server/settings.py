@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vcache.config import VCacheConfig
 
 PlacementPolicy = Literal["local_first", "most_free"]
+EvictionPolicyName = Literal["lru"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class ServiceSettings:
     incomplete_s: float = 60.0
     max_lease_s: float = 60.0
     placement: PlacementPolicy = "local_first"
+    eviction_policy: EvictionPolicyName = "lru"
     high_watermark: float = 0.95
     low_watermark: float = 0.90
     max_message_bytes: int = 4 << 20
@@ -38,6 +40,7 @@ class ServiceSettings:
             incomplete_s=server.incomplete_timeout,
             max_lease_s=server.max_lease,
             placement=server.placement,
+            eviction_policy=server.eviction.policy,
             high_watermark=server.eviction.high_watermark,
             low_watermark=server.eviction.low_watermark,
             max_message_bytes=server.max_message_bytes,

@@ -117,25 +117,26 @@ def test_a_segment_without_room_for_data_is_refused_and_registers_nothing(start_
 
 
 def test_a_restarted_server_gets_everything_back_page_by_page(runtime_dir, processes, open_client, open_donor):
-    settings = {**QUICK["server"], "max_message_bytes": "64KiB"}
-    config = VCacheConfig(runtime_dir=str(runtime_dir), server=settings, client=QUICK["client"])
+    settings = {**QUICK["server"], "max_message_bytes": "512KiB"}
+    config = VCacheConfig(
+        runtime_dir=str(runtime_dir), server=settings, client=QUICK["client"], segment={"records": 5000}
+    )
     server = processes.server(config)
     client = open_client(config)
     donor = open_donor(config, size=64 * MIB)
-    keys = new_keys(900)
-    for start in range(0, 900, 100):
-        part, parent = keys[start : start + 100], keys[start - 1] if start else b""
-        # So small messages cannot name many grants in a hello: some are declined until others are confirmed.
-        until(lambda: store(client, part, parent=parent, nbytes=4096) == 0 and load(client, part) == 100, "all stored")  # noqa: B023
+    keys = new_keys(4000)  # two pages of 512 KiB
+    for start in range(0, 4000, 500):
+        part, parent = keys[start : start + 500], keys[start - 1] if start else b""
+        assert store(client, part, parent=parent, nbytes=4096) == 500
     incarnation = donor.segment.incarnation
     term = client.term
     again(processes, config, server)
     until(lambda: client.term > term and donor.term > term and donor.registered, "the donor has handed over")
-    assert load(client, keys) == 900
+    assert load(client, keys) == 4000
     assert donor.segment.incarnation == incarnation
     stats = client.stats()
     assert stats is not None
-    assert (stats.entries, stats.counters["handed_over"]) == (900, 900)
+    assert (stats.entries, stats.counters["handed_over"]) == (4000, 4000)
     until_serving(client)
     assert store(client, new_keys(5)) == 5
     donor.segment.check_integrity()
