@@ -50,6 +50,12 @@ def test_a_donor_gives_a_segment_and_takes_it_back_when_told_to_end(config, serv
     assert until_segments(config, 0) == []
 
 
+def test_host_memory_can_stand_in_for_vram(config, server, processes):
+    start_donor(processes, "--tier", "vram").expect("donating")
+    [segment] = segments_of(config)
+    assert (segment.device, segment.tier) == ("cpu:0", "vram")
+
+
 def test_ctrl_c_ends_a_donor_as_cleanly(config, server, processes, runtime_dir):
     donor = start_donor(processes)
     donor.expect("donating")
@@ -92,7 +98,7 @@ def test_what_a_killed_donor_leaves_is_removed_by_the_next_one_on_the_host(start
     [
         (("--size", "4TiB"), 1, "a segment of 4398046511104 bytes was asked for, "),
         (("--size", "8G"), 2, "8GiB"),
-        (("--set", "segment.tier=vram"), 2, "segment.tier = 'vram' (from argument): cpu:0 has none"),
+        (("--tier", "hbm"), 2, "segment.tier = 'hbm' (from argument)"),
         (("--device", "gpu0"), 2, "is no device; use cuda:0"),
     ],
 )

@@ -11,7 +11,7 @@ from vcache.memory.host import HostMemory
 from vcache.pool.mappings import Mappings
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
-from vcache.protocol import SegmentInfo
+from vcache.protocol import SegmentInfo, Tier
 
 MIB = 1 << 20
 
@@ -41,7 +41,7 @@ def info_of(segment: Segment, host: bytes, **changes) -> SegmentInfo:
         "number": 1,
         "segment_id": segment.segment_id,
         "incarnation": segment.incarnation,
-        "tier": segment.tier,
+        "tier": Tier.VRAM,  # how memory is opened follows from the device
         "host": host,
         "device": "cpu:0",
         "nbytes": segment.nbytes,

@@ -23,6 +23,9 @@ _DEVICE: Final = re.compile(r"(cpu|cuda):\d+")
 def donate(
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Whose memory: cuda:0, cpu:0, ...")],
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="How much: 8GiB (default: segment.size).")] = None,
+    tier: Annotated[
+        str | None, typer.Option(metavar="TIER", help="vram, dram, or auto by the device (default: segment.tier).")
+    ] = None,
     label: Annotated[str, typer.Option(metavar="TEXT", help="A name for `vcache status`.")] = "",
     config_file: ConfigFile = None,
     settings: Settings = None,
@@ -40,7 +43,7 @@ def donate(
     told_to_end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told_to_end.set())
-    config = load_config(config_file, settings, segment__size=size)
+    config = load_config(config_file, settings, segment__size=size, segment__tier=tier)
     log.configure(config.log_level, f"donor {device}")
     segment_id = secrets.token_bytes(16)
     memory = allocate(config, RuntimeDir(config.runtime_path), segment_id, config.segment.size, device=device)

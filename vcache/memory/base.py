@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vcache.protocol import Tier
-
 if TYPE_CHECKING:  # a stand-alone donor of host memory never loads torch
     import torch
 
@@ -16,6 +14,11 @@ WordArray = npt.NDArray[np.uint64]
 IndexArray = npt.NDArray[np.int64]
 
 WORD_BYTES = 8
+
+
+def is_host(device: str) -> bool:
+    """Whether a device ("cpu:0", a GPU's UUID, "cuda:1") is the host: how memory is opened follows from it, not from its tier."""
+    return device.startswith("cpu:")
 
 
 class Words(Protocol):
@@ -45,9 +48,6 @@ class Words(Protocol):
 
 class Memory(Protocol):
     """A contiguous piece of memory that several processes see. Zeros at first. Who made it owns it; others have opened it."""
-
-    @property
-    def tier(self) -> Tier: ...
 
     @property
     def device(self) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 
 from vcache.errors import CapacityError, UnavailableError
 from vcache.memory.base import WORD_BYTES, IndexArray, WordArray
-from vcache.protocol import Tier
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +85,6 @@ class _Array:
 
 class CudaMemory:
     """VRAM. ``create`` makes and owns it, ``open`` maps another process's."""
-
-    tier: Final = Tier.VRAM
 
     def __init__(self, address: int, nbytes: int, *, ordinal: int, handle: bytes, is_owned: bool) -> None:
         import torch

@@ -20,7 +20,6 @@ import numpy as np
 from vcache.errors import CapacityError, CorruptionError, UnavailableError
 from vcache.memory.base import IndexArray, WordArray
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir, segment_file_name
-from vcache.protocol import Tier
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +78,6 @@ class HostWords:
 
 class HostMemory:
     """Shared host memory. ``create`` makes and owns it, ``open`` maps another process's."""
-
-    tier: Final = Tier.DRAM
 
     def __init__(self, mapping: mmap.mmap, *, handle: bytes, device: str, owned: HeldFile | None) -> None:
         self.device = device

@@ -21,7 +21,7 @@ from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
-from vcache.memory.base import Memory
+from vcache.memory.base import Memory, is_host
 from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.segment import Segment
 from vcache.protocol import (
@@ -34,6 +34,7 @@ from vcache.protocol import (
     RecordInfo,
     Registered,
     RetireItem,
+    Tier,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Donor:
         self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
     ) -> None:
         self.segment = Segment.create(memory, segment_id, records=config.segment.records)
+        self.tier = _tier(config.segment.tier, memory.device)
         self.label = label[:MAX_LABEL_CHARS]
         self._client = client
         self._background = client.background
@@ -181,7 +183,7 @@ class Donor:
                 term=term,
                 segment_id=segment.segment_id,
                 incarnation=segment.incarnation,
-                tier=segment.tier,
+                tier=self.tier,
                 device=segment.memory.device,
                 nbytes=segment.nbytes,
                 data_offset=segment.data_offset,
@@ -292,3 +294,10 @@ class Donor:
             self._state = State.SERVING
         else:
             self._drained.set()
+
+
+def _tier(setting: str, device: str) -> Tier:
+    """The tier of a segment by its ``segment.tier``: "auto" goes by the device, any other may be said of any memory."""
+    if setting == "auto":
+        return Tier.DRAM if is_host(device) else Tier.VRAM
+    return Tier[setting.upper()]

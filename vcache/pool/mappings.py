@@ -14,11 +14,11 @@ from typing import Final
 
 from vcache.errors import VCacheError
 from vcache.failures import FailureLog
-from vcache.memory.base import Memory
+from vcache.memory.base import Memory, is_host
 from vcache.memory.host import HostMemory
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
-from vcache.protocol import SegmentInfo, Tier
+from vcache.protocol import SegmentInfo
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Mappings:
 
 
 def _open_memory(runtime: RuntimeDir, info: SegmentInfo) -> Memory:
-    if info.tier is Tier.DRAM:
+    if is_host(info.device):
         return HostMemory.open(runtime, info.handle, info.nbytes, device=info.device)
     from vcache.memory.cuda import CudaMemory  # loads torch, and needs CuPy
 

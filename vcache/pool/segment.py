@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vcache.errors import CapacityError, CorruptionError
 from vcache.memory.base import IndexArray, Memory, WordArray
 from vcache.pool.records import GENERATION, NBYTES, OFFSET, RECORD_BYTES, Directory
-from vcache.protocol import RecordInfo, Tier
+from vcache.protocol import RecordInfo
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +97,6 @@ class Segment:
         return cls(
             memory, segment_id=segment_id, incarnation=incarnation, records=words[_RECORDS], data_offset=words[_DATA]
         )
-
-    @property
-    def tier(self) -> Tier:
-        return self.memory.tier
 
     @property
     def nbytes(self) -> int:
