@@ -307,6 +307,27 @@ def test_a_commit_without_a_session_is_told_with_the_next_one(scripted, open_cli
     until(lambda: client.session.evidence() == (0, []), "nothing is outstanding")
 
 
+def test_a_server_that_answers_hellos_late_is_given_longer(scripted, open_client):
+    config, server = scripted
+    server.hold = (protocol.Hello,)
+    client = open_client(config, available=False)
+
+    timers: list[threading.Timer] = []
+
+    def answer_in_time_of_a_longer_wait() -> bool:
+        held = list(server.held)
+        timers.append(
+            threading.Timer(1.5 * config.client.call_timeout, lambda: [server.answer(*hello) for hello in held])
+        )
+        timers[-1].start()
+        until(lambda: client.available or len(server.held) > len(held), "its answer, or another hello")
+        return client.available
+
+    until(answer_in_time_of_a_longer_wait, "a session")
+    for timer in timers:
+        timer.join()
+
+
 def test_an_error_about_an_earlier_session_does_not_end_the_present_one(scripted, open_client):
     config, _ = scripted
     client = open_client(config)

@@ -40,6 +40,8 @@ _GOODBYE_LINGER_MS: Final = 500
 #: Between two sweeps of the runtime directory that are not caused by an event.
 _SWEEP_INTERVAL_S: Final = 60.0
 _MIN_HELLO_INTERVAL_S: Final = 0.2
+#: A server is given up to so many call timeouts to answer a hello.
+_PATIENT_HELLO: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Background:
         self._dead: set[bytes] = set()
         self._told_dead: set[bytes] = set()
         self._hello_id = 0
+        self._hello_wait_s = self._first_hello_wait_s = max(self._timeout_s, _MIN_HELLO_INTERVAL_S)
         self._next_hello = self._next_heartbeat = self._next_sweep = 0.0
         self._heartbeat_ids: dict[int, float] = {}  # unanswered: id -> when sent
         self._last_loop = _boot_time()
@@ -266,7 +269,9 @@ class Background:
         )
         if hello_id:
             self._hello_id = hello_id
-            self._next_hello = now + max(self._timeout_s, _MIN_HELLO_INTERVAL_S)
+            # Only the latest hello's answer counts, and a server that is slower than this is given longer to answer it.
+            self._next_hello = now + self._hello_wait_s
+            self._hello_wait_s = min(2 * self._hello_wait_s, _PATIENT_HELLO * self._first_hello_wait_s)
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._heartbeat_s, self._liveness_s = welcome.heartbeat_s, welcome.liveness_s
@@ -276,6 +281,7 @@ class Background:
         self._tell_commits()
         was_suspended, self._suspended_at = self._suspended_at is not None, None
         self._next_hello = self._next_heartbeat = 0.0
+        self._hello_wait_s = self._first_hello_wait_s
         if self._maps_ahead:
             self._mappings.map_ahead(welcome.segments)
         for duty in self._duties:
