@@ -221,7 +221,8 @@ class BlockCache:
                     stored += count
                     moved.update(self._bytes_by_tier(write.placements) if count else {})
                     if count and self._below is not None:
-                        self._below.offer([part[index] for index in write.granted.tolist()], write.placements)
+                        chunks = [part[index] for index in write.granted.tolist()]
+                        self._below.offer(chunks, write.placements, layout=write.layout)
         finally:
             self._in_flight.leave()
         seconds = time.perf_counter() - started

@@ -51,7 +51,8 @@ class StoreConfig(Section):
 
     kind: Literal["auto", "none", "files", "mooncake"] = "auto"
     staging_size: Annotated[Size, Field(ge=1 << 20)] = 256 << 20
-    write_policy: Literal["all", "none"] = "all"
+    write_policy: Literal["all", "hot", "evicted", "none"] = "all"
+    hot_hits: Annotated[Count, Field(ge=1, le=1000)] = 2
     queue_bytes: Size = 1 << 30
     queue_items: Annotated[Count, Field(ge=1, le=1 << 20)] = 4096
     guard: GuardConfig = Field(default_factory=GuardConfig)

@@ -37,7 +37,7 @@ def open_store_tier(
     config: VCacheConfig, client: PoolClient, model: ModelSpec, *, rank: int, moves: bool, counters: Counters
 ) -> StoreTier | None:
     """The store that ``config`` names, or ``None``. ``moves``: whether this process reads and writes payloads."""
-    store = open_store(config.store, layout=model.fingerprint(), ranks=model.ranks, moves=moves)
+    store = open_store(config.store, moves=moves)
     if store is None:
         return None
     writer = None
@@ -92,7 +92,7 @@ class StoreTier:
         nbytes = kv.payload_bytes(block_ids.shape[1])
         loaded = 0
         while loaded < len(keys):
-            shards = [Shard(key, self._rank) for key in keys[loaded:]]
+            shards = [Shard(key, self._rank, self._ranks, kv.payload_layout) for key in keys[loaded:]]
             with self._store.load(shards, [nbytes] * len(shards)) as got:
                 run = got.run
                 if run:
@@ -107,8 +107,11 @@ class StoreTier:
         )
         return loaded
 
-    def offer(self, keys: Sequence[ChunkKey], placements: PlacementArray) -> None:
-        """This rank's shards of ``keys`` were committed to the pool at ``placements``: written in the background, or dropped."""
+    def offer(self, keys: Sequence[ChunkKey], placements: PlacementArray, *, layout: int) -> None:
+        """Writes this rank's shards of ``keys`` from the pool, where they are at ``placements``: in the background, or not at all.
+
+        ``layout``: ``PagedKV.payload_layout`` of the planes they were gathered from.
+        """
         if self._writer is None:
             return
         numbers = np.unique(placements["segment"]).tolist()
@@ -117,7 +120,7 @@ class StoreTier:
             part = slice(start, start + CHUNKS_PER_OFFER)
             written = Written(keys[part], placements[part], infos)
             self._writer.offer(
-                [Shard(key, self._rank) for key in written.keys],
+                [Shard(key, self._rank, self._ranks, layout) for key in written.keys],
                 written.placements["nbytes"].tolist(),
                 partial(read_back, self._client, written),
             )

@@ -15,11 +15,9 @@ from vcache.store import open_store
 from vcache.store.base import Store
 from vcache.store.files import FileStore
 from vcache.store.guard import GuardedStore
-from vcache.store.objects import ObjectFormat
 from vcache.store.staging import Staging
 from vcache.store_config import GuardConfig
 
-FORM = ObjectFormat(b"L" * 16)
 #: Hangs of tests are as long as the test wants, so this need not be short for the test to be quick, only for the fault to show.
 DEADLINE_S = 0.3
 STAGING_BYTES = 8 << 20
@@ -27,7 +25,7 @@ STAGING_BYTES = 8 << 20
 
 @pytest.fixture
 def file_store(tmp_path: Path) -> Iterator[FileStore]:
-    store = FileStore(tmp_path / "store", size_limit=1 << 30, form=FORM)
+    store = FileStore(tmp_path / "store", size_limit=1 << 30)
     yield store
     store.close()
 
@@ -63,12 +61,12 @@ def opened(mooncake: Mooncake) -> Iterator[Callable[..., GuardedStore]]:
     """Opens stores on the test's Mooncake as an engine would; closed afterwards."""
     stores: list[GuardedStore] = []
 
-    def open_one(guard: dict[str, Any] | None = None, layout: bytes = b"", **settings: Any) -> GuardedStore:
+    def open_one(guard: dict[str, Any] | None = None, **settings: Any) -> GuardedStore:
         quick = {"probe_interval": 0.1, "max_probe_interval": 0.5} | (guard or {})
         config = VCacheConfig(
             store={"mooncake": {"master": mooncake.address} | settings, "guard": quick, "staging_size": "64MiB"}
         )
-        store = open_store(config.store, layout=layout, ranks=1)
+        store = open_store(config.store)
         assert store is not None
         stores.append(store)
         return store

@@ -12,12 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.store.conftest import FORM
 from tests.store.shards import blank, payload, payloads, shard, shards
 from vcache.errors import UnavailableError
 from vcache.store.base import Got, Put
 from vcache.store.files import FILES_COUNTERS, FileStore
-from vcache.store.objects import PAGE_BYTES, ObjectFormat
+from vcache.store.objects import PAGE_BYTES
 
 
 def files_of(store: FileStore) -> list[Path]:
@@ -59,15 +58,14 @@ def test_removed_is_gone(file_store):
 
 def test_another_process_or_a_later_one_finds_it(file_store, tmp_path):
     file_store.put_from(shards(3), payloads(3))
-    other = FileStore(tmp_path / "store", size_limit=1 << 30, form=FORM)
+    other = FileStore(tmp_path / "store", size_limit=1 << 30)
     assert list(other.contains(shards(4))) == [True] * 3 + [False]
     assert torch.equal(load(other, 2)[1], payload(2))
 
 
-def test_another_layout_is_invalid_and_removed(file_store, tmp_path):
+def test_another_layout_is_invalid_and_removed(file_store):
     file_store.put_from(shards(1), payloads(1))
-    other = FileStore(tmp_path / "store", size_limit=1 << 30, form=ObjectFormat(b"M" * 16))
-    assert load(other, 0)[0] is Got.INVALID
+    assert list(file_store.get_into([shard(0)._replace(layout=1)], blank(1))) == [Got.INVALID]
     assert files_of(file_store) == []
 
 
@@ -79,7 +77,7 @@ def test_after_close_calls_are_refused(file_store):
 
 
 def test_a_missing_parent_is_not_made(tmp_path):
-    store = FileStore(tmp_path / "not-mounted" / "store", size_limit=1 << 30, form=FORM)
+    store = FileStore(tmp_path / "not-mounted" / "store", size_limit=1 << 30)
     assert list(store.put_from(shards(1), payloads(1))) == [Put.FAILED]
     assert list(store.contains(shards(1))) == [False]
     assert list(tmp_path.iterdir()) == []
@@ -88,7 +86,7 @@ def test_a_missing_parent_is_not_made(tmp_path):
 @given(steps=st.lists(st.tuples(st.sampled_from("prg"), st.integers(0, 5), st.integers(1, 5000)), max_size=30))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_behaves_like_a_dictionary(steps, tmp_path_factory):
-    store = FileStore(tmp_path_factory.mktemp("dictionary") / "store", size_limit=1 << 30, form=FORM)
+    store = FileStore(tmp_path_factory.mktemp("dictionary") / "store", size_limit=1 << 30)
     model: dict[int, torch.Tensor] = {}
     for act, number, nbytes in steps:
         if act == "p":
@@ -123,7 +121,7 @@ def age(store: FileStore, number: int, seconds: float) -> None:
 def overfull(file_store: FileStore, tmp_path: Path) -> FileStore:
     """Twenty objects in a directory that this store allows half of."""
     file_store.put_from(shards(20), payloads(20))
-    return FileStore(tmp_path / "store", size_limit=10 * (PAGE_BYTES + 10_000), form=FORM)
+    return FileStore(tmp_path / "store", size_limit=10 * (PAGE_BYTES + 10_000))
 
 
 def bytes_in(store: FileStore) -> int:
@@ -149,7 +147,7 @@ def test_of_one_batch_the_end_of_the_chain_goes_first(overfull):
 
 def test_writing_alone_keeps_the_directory_near_its_limit(tmp_path):
     limit = 20 << 20
-    store = FileStore(tmp_path / "store", size_limit=limit, form=FORM)
+    store = FileStore(tmp_path / "store", size_limit=limit)
     for number in range(60):
         store.put_from([shard(number)], [payload(number, 1 << 20)])
     patience = time.monotonic() + 60
@@ -161,7 +159,7 @@ def test_writing_alone_keeps_the_directory_near_its_limit(tmp_path):
 
 
 def test_two_sweep_at_once_without_harm(overfull):
-    others = [FileStore(overfull._root.parent, size_limit=overfull._sweeper._size_limit, form=FORM) for _ in range(4)]
+    others = [FileStore(overfull._root.parent, size_limit=overfull._sweeper._size_limit) for _ in range(4)]
     threads = [threading.Thread(target=sweep, args=(store,)) for store in others]
     for thread in threads:
         thread.start()

@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 
-from tests.store.conftest import FORM
 from tests.store.shards import blank, payload, payloads, shard, shards
 from tests.store.test_files import files_of, load, sweep
 from vcache.store.base import Got, Put
@@ -19,7 +18,6 @@ from vcache.store.objects import PAGE_BYTES
 ONE_WRITES_AND_DIES = """
 import os, signal, sys
 from pathlib import Path
-from tests.store.conftest import FORM
 from tests.store.shards import payload, shard
 from vcache.store.files import FileStore
 
@@ -27,12 +25,12 @@ def die(*names):
     os.kill(os.getpid(), signal.{signal})
 
 os.rename = die  # the real write has happened; the name never comes
-FileStore(Path(sys.argv[1]), size_limit=1 << 30, form=FORM).put_from([shard(0)], [payload(0)])
+FileStore(Path(sys.argv[1]), size_limit=1 << 30).put_from([shard(0)], [payload(0)])
 """
 
 
 def test_a_full_disk_refuses_and_keeps_what_it_has(small_disk, guarded):
-    store = FileStore(small_disk / "store", size_limit=1 << 30, form=FORM)
+    store = FileStore(small_disk / "store", size_limit=1 << 30)
     guard = guarded(store, retries=1)
     results = list(guard.put_from(shards(8), payloads(8, 500_000)))
     stored = results.count(Put.STORED)
@@ -51,7 +49,7 @@ def test_a_full_disk_refuses_and_keeps_what_it_has(small_disk, guarded):
 
 
 def test_a_read_only_disk_serves_reads(small_disk, guarded):
-    store = FileStore(small_disk / "store", size_limit=1 << 30, form=FORM)
+    store = FileStore(small_disk / "store", size_limit=1 << 30)
     guard = guarded(store)
     guard.put_from(shards(2), payloads(2))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -105,7 +103,7 @@ def test_a_directory_in_the_place_of_a_file_is_a_miss(file_store, guarded):
 
 
 def test_two_writers_of_a_key_leave_one_whole_object(tmp_path):
-    stores = [FileStore(tmp_path / "store", size_limit=1 << 30, form=FORM) for _ in range(4)]
+    stores = [FileStore(tmp_path / "store", size_limit=1 << 30) for _ in range(4)]
     barrier = threading.Barrier(4)
     results: list[Put] = []
 
@@ -128,9 +126,7 @@ def test_two_writers_of_a_key_leave_one_whole_object(tmp_path):
 def test_a_writer_killed_before_the_rename_leaves_no_entry_and_its_file_is_cleaned(tmp_path, processes):
     child = processes.python("-c", ONE_WRITES_AND_DIES.format(signal="SIGKILL"), str(tmp_path / "store"))
     assert child.wait() == -9
-    store = FileStore(
-        tmp_path / "store", size_limit=1 << 30, form=FORM, stale_s=-1.0
-    )  # at any age, also by a coarse clock
+    store = FileStore(tmp_path / "store", size_limit=1 << 30, stale_s=-1.0)  # at any age, also by a coarse clock
     assert [path.suffix for path in files_of(store)] == [".tmp"]
     assert load(store, 0)[0] is Got.ABSENT
     assert sweep(store)["store_stale_removed"] == 1
@@ -141,9 +137,7 @@ def test_a_writer_killed_before_the_rename_leaves_no_entry_and_its_file_is_clean
 def test_the_file_of_a_suspended_writer_is_left_alone(tmp_path, processes):
     child = processes.python("-c", ONE_WRITES_AND_DIES.format(signal="SIGSTOP"), str(tmp_path / "store"))
     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
-    store = FileStore(
-        tmp_path / "store", size_limit=1 << 30, form=FORM, stale_s=-1.0
-    )  # at any age, also by a coarse clock
+    store = FileStore(tmp_path / "store", size_limit=1 << 30, stale_s=-1.0)  # at any age, also by a coarse clock
     assert sweep(store)["store_stale_removed"] == 0
     child.kill()
     assert sweep(store)["store_stale_removed"] == 1

@@ -59,13 +59,13 @@ def test_what_was_stored_comes_back_also_to_others(mooncake, opened):
 def test_another_layout_size_or_prefix_is_not_taken_for_ours(mooncake, opened):
     mooncake.start_master()
     mooncake.start_owner()
-    store, layout, prefix = opened(), opened(layout=b"other"), opened(key_prefix="elsewhere")
-    for each in (store, layout, prefix):
+    store, prefix = opened(), opened(key_prefix="elsewhere")
+    for each in (store, prefix):
         await_ready(each)
     fill(store, 2, NBYTES)
     assert list(prefix.contains(shards(2))) == [False, False]
     assert list(store.get_into([shard(0)], blank(1, NBYTES - 5))) == [Got.INVALID]
-    assert list(layout.get_into([shard(1)], blank(1, NBYTES))) == [Got.INVALID]
+    assert list(store.get_into([shard(1)._replace(layout=1)], blank(1, NBYTES))) == [Got.INVALID]
     assert list(store.contains(shards(2))) == [False, False], "what was invalid is removed"
 
 
@@ -78,7 +78,7 @@ def test_a_process_that_ends_leaves_no_mooncake_process_behind(mooncake, process
         "from vcache.config import VCacheConfig\n"
         "from vcache.store import open_store\n"
         f"config = VCacheConfig(store={{'mooncake': {{'master': '{mooncake.address}'}}}})\n"
-        "store = open_store(config.store, layout=b'', ranks=1)\n"
+        "store = open_store(config.store)\n"
         "print(store._store._process.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

@@ -79,6 +79,7 @@ class PendingWrite:
         self.granted: Int64Array = np.empty(0, dtype=np.int64)
         self.placements: PlacementArray = np.empty(0, dtype=PLACEMENT_DTYPE)
         self.nbytes = nbytes
+        self.layout = run.layout
         self._client = client
         self._keys = keys
         self._parent = parent

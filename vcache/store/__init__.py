@@ -18,30 +18,28 @@ __all__ = ["Got", "Put", "Shard", "Store", "open_store"]
 LEAST_STAGING_BYTES: Final = 1 << 20
 
 
-def open_store(config: StoreConfig, *, layout: bytes, ranks: int, moves: bool = True) -> GuardedStore | None:
+def open_store(config: StoreConfig, *, moves: bool = True) -> GuardedStore | None:
     """The store that ``config`` names, guarded, or ``None``. Returns at once, whether or not the store can be reached.
 
-    ``layout``: the model's fingerprint (its first bytes go into every object). ``moves``: whether payloads will be read and
-    written; without, there is hardly any memory for them. The caller closes the store. Raises
-    ``CapacityError`` when there is no memory for staging, ``ConfigError`` when what the store needs is not installed.
+    ``moves``: whether payloads will be read and written; without, there is hardly any memory for them. The caller closes
+    the store. Raises ``CapacityError`` when there is no memory for staging, ``ConfigError`` when what the store needs is
+    not installed.
     """
     kind = config.resolved_kind
     if kind == "none":
         return None
     from vcache.store.guard import GuardedStore
-    from vcache.store.objects import LAYOUT_BYTES, ObjectFormat
     from vcache.store.staging import Staging
 
-    form = ObjectFormat(layout[:LAYOUT_BYTES].ljust(LAYOUT_BYTES, b"\0"), ranks)
     staging = Staging(config.staging_size if moves else LEAST_STAGING_BYTES)
     store: Store
     if kind == "files":
         from vcache.store.files import FileStore
 
-        store = FileStore(Path(config.files.directory), size_limit=config.files.size_limit, form=form)
+        store = FileStore(Path(config.files.directory), size_limit=config.files.size_limit)
     else:
         from vcache.store.mooncake import MooncakeStore
 
         timeouts = {"timeout_s": config.guard.timeout, "write_timeout_s": config.guard.write_timeout}
-        store = MooncakeStore(config.mooncake, staging, form=form, **timeouts)
+        store = MooncakeStore(config.mooncake, staging, **timeouts)
     return GuardedStore(store, staging, config.guard, name=kind)

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """Names one object of a store."""
+    """Names one object of a store, by ``key`` and ``rank``; the rest says what its payload must be to count as loaded."""
 
     key: ChunkKey
     rank: int
+    ranks: int = 1
+    layout: int = (
+        0  # ``PagedKV.payload_layout`` of the planes it was gathered from; what only asks or removes needs none
+    )
 
 
 class Got(IntEnum):

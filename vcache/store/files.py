@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from vcache.errors import CorruptionError, UnavailableError
 from vcache.store.base import Got, Put, Shard
 from vcache.store.files_eviction import OBJECTS, SUFFIX, TEMPORARY, Sweeper, lock_while_writing
-from vcache.store.objects import PAGE_BYTES, ObjectFormat, sealed, verify
+from vcache.store.objects import PAGE_BYTES, sealed, verify
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +48,9 @@ FILES_COUNTERS: Final = {
 class FileStore:
     """Shards as files below ``directory``, which is made if its parent exists (a mount that is not there is not filled in)."""
 
-    def __init__(self, directory: Path, *, size_limit: int, form: ObjectFormat, stale_s: float = 60.0) -> None:
+    def __init__(self, directory: Path, *, size_limit: int, stale_s: float = 60.0) -> None:
         """``stale_s``: the age from which a half-written file nobody holds is removed. Does no I/O."""
         self._root = directory / OBJECTS
-        self._form = form
         self._closed = threading.Event()
         self._sweeper = Sweeper(self._root, size_limit=size_limit, stale_s=stale_s)
 
@@ -108,7 +107,7 @@ class FileStore:
             if status.st_size != PAGE_BYTES + payload.nbytes:
                 raise CorruptionError(f"the file has {status.st_size} bytes")
             _read_exactly(file, page, payload)
-            verify(self._form, shard, page, payload)
+            verify(shard, page, payload)
             if status.st_mtime < used_at - TOUCH_INTERVAL_S:
                 with contextlib.suppress(
                     OSError
@@ -138,7 +137,7 @@ class FileStore:
             return Put.FULL if error.errno in _FULL else Put.FAILED
         try:
             lock_while_writing(file)
-            _write_all(file, sealed(self._form, shard, payload), payload)
+            _write_all(file, sealed(shard, payload), payload)
             os.utime(file, (used_at, used_at))
             os.close(
                 os.dup(file)

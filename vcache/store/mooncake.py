@@ -27,7 +27,6 @@ from vcache.store.mooncake_wire import Ask, Exist, Get, LinkClosedError, Object,
 if TYPE_CHECKING:
     import torch
 
-    from vcache.store.objects import ObjectFormat
     from vcache.store.staging import Block, Staging
     from vcache.store_config import MooncakeConfig
 
@@ -50,9 +49,7 @@ MOONCAKE_COUNTERS: Final = {
 class MooncakeStore:
     """A ``Store`` whose buffers must be blocks of ``staging``, as the guard's are. Its calls raise while Mooncake is away."""
 
-    def __init__(
-        self, config: MooncakeConfig, staging: Staging, *, form: ObjectFormat, timeout_s: float, write_timeout_s: float
-    ) -> None:
+    def __init__(self, config: MooncakeConfig, staging: Staging, *, timeout_s: float, write_timeout_s: float) -> None:
         """Starts the Mooncake process and does not wait for it. The time-outs are the guard's.
 
         Raises ``ConfigError`` when Mooncake is not installed.
@@ -73,8 +70,6 @@ class MooncakeStore:
             soft_pin_s=config.soft_pin,
             key_prefix=config.key_prefix,
             staging_bytes=staging.nbytes,
-            layout=form.layout,
-            ranks=form.ranks,
         )
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(MOONCAKE_COUNTERS, 0)
@@ -166,6 +161,4 @@ class MooncakeStore:
 
 
 def _objects(shards: Sequence[Shard], blocks: Sequence[Block]) -> list[Object]:
-    return [
-        Object(shard.key, shard.rank, block.offset, block.nbytes) for shard, block in zip(shards, blocks, strict=True)
-    ]
+    return [Object(*shard, block.offset, block.nbytes) for shard, block in zip(shards, blocks, strict=True)]

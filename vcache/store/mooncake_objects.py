@@ -23,7 +23,7 @@ from vcache.errors import CorruptionError
 from vcache.keys import ChunkKey
 from vcache.store.base import Got, Put, Shard
 from vcache.store.mooncake_wire import PENDING, TAINTED, Answer, Exist, Get, Object, PutAll, Remove, Setup
-from vcache.store.objects import PAGE_BYTES, ObjectFormat, sealed, verify
+from vcache.store.objects import PAGE_BYTES, sealed, verify
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore, ReplicateConfig
@@ -72,7 +72,6 @@ class Objects:
     def __init__(self, handle: MooncakeDistributedStore, staging: StagingMap, setup: Setup) -> None:
         self._handle = handle
         self._staging = staging
-        self._form = ObjectFormat(setup.layout, setup.ranks)
         self._prefix = setup.key_prefix
         self._replicate = _replicate(setup)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="owner")
@@ -162,7 +161,7 @@ class Objects:
         if code != PAGE_BYTES + thing.nbytes:
             return TAINTED
         try:
-            verify(self._form, _shard(thing), self._staging.page(thing), self._staging.payload(thing))
+            verify(_shard(thing), self._staging.page(thing), self._staging.payload(thing))
         except CorruptionError:
             self._handle.batch_remove([name], True)
             return Got.INVALID
@@ -170,7 +169,7 @@ class Objects:
 
     def _write(self, names: Sequence[str], things: Sequence[Object], codes: list[int], part: Sequence[int]) -> None:
         for thing in (things[index] for index in part):
-            self._staging.page(thing)[:] = sealed(self._form, _shard(thing), self._staging.payload(thing))
+            self._staging.page(thing)[:] = sealed(_shard(thing), self._staging.payload(thing))
         stored = self._handle.batch_put_from(
             [names[index] for index in part],
             [self._staging.address + things[index].offset for index in part],
@@ -212,7 +211,7 @@ def object_name(prefix: str, shard: Shard) -> str:
 
 
 def _shard(thing: Object) -> Shard:
-    return Shard(ChunkKey(thing.key), thing.rank)
+    return Shard(ChunkKey(thing.key), thing.rank, thing.ranks, thing.layout)
 
 
 def _first_replica(replicas: Sequence[object]) -> tuple[str, int | None]:

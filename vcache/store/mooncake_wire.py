@@ -23,7 +23,7 @@ MAX_BYTES: Final = 64 << 20
 
 
 class Setup(msgspec.Struct, array_like=True, tag=True):
-    """How to join the Mooncake store, and what objects look like."""
+    """How to join the Mooncake store."""
 
     master: str
     metadata: str
@@ -35,8 +35,6 @@ class Setup(msgspec.Struct, array_like=True, tag=True):
     soft_pin_s: float
     key_prefix: str
     staging_bytes: int
-    layout: bytes
-    ranks: int
 
 
 class Ready(msgspec.Struct, array_like=True, tag=True):
@@ -64,6 +62,8 @@ class Object(msgspec.Struct, array_like=True):
 
     key: bytes
     rank: int
+    ranks: int
+    layout: int
     offset: int
     nbytes: int  # of the payload
 

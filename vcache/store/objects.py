@@ -11,7 +11,6 @@ a store is trusted. Not here: torch, and where objects lie.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import xxhash
@@ -27,50 +26,32 @@ if TYPE_CHECKING:
 PAGE_BYTES: Final = 4096
 MAGIC: Final = b"VCSHARD\0"
 VERSION: Final = 1
-LAYOUT_BYTES: Final = 16
 #: The only codec so far: payloads stand as they are.
 CODEC_NONE: Final = 0
 
 # magic, version, codec, key, layout, rank, ranks, payload bytes, payload checksum
-_FIELDS: Final = struct.Struct("<8sII16s16sIIQ16s")
+_FIELDS: Final = struct.Struct("<8sII16sQIIQ16s")
 _CHECKSUM: Final = struct.Struct("<Q")  # of the fields before it
 _PADDING: Final = bytes(PAGE_BYTES - _FIELDS.size - _CHECKSUM.size)
 
 
-@dataclass(frozen=True)
-class ObjectFormat:
-    """What all objects of one deployment have in common: a tag of the layout of their bytes, and the number of ranks.
-
-    ``layout`` is the beginning of the model's fingerprint; the key covers it too, so this is a second lock on the door.
-    """
-
-    layout: bytes = bytes(LAYOUT_BYTES)
-    ranks: int = 1
-
-    def __post_init__(self) -> None:
-        if len(self.layout) != LAYOUT_BYTES:
-            raise ValueError(f"layout must be {LAYOUT_BYTES} bytes, got {len(self.layout)}")
-        if not 1 <= self.ranks < 1 << 16:
-            raise ValueError(f"ranks must be from 1 to 65535, got {self.ranks}")
-
-
-def sealed(form: ObjectFormat, shard: Shard, payload: Buffer) -> bytes:
+def sealed(shard: Shard, payload: Buffer) -> bytes:
     """The ``PAGE_BYTES`` that go in front of ``payload`` when it is stored as ``shard``."""
     fields = _FIELDS.pack(
         MAGIC,
         VERSION,
         CODEC_NONE,
         shard.key,
-        form.layout,
+        shard.layout,
         shard.rank,
-        form.ranks,
+        shard.ranks,
         memoryview(payload).nbytes,
         _digest(payload),
     )
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)) + _PADDING
 
 
-def verify(form: ObjectFormat, shard: Shard, page: Buffer, payload: Buffer) -> None:
+def verify(shard: Shard, page: Buffer, payload: Buffer) -> None:
     """Raises ``CorruptionError``, saying what is wrong, unless these are the page and payload stored as ``shard``."""
     view = memoryview(page)
     if view.nbytes != PAGE_BYTES:
@@ -84,9 +65,9 @@ def verify(form: ObjectFormat, shard: Shard, page: Buffer, payload: Buffer) -> N
         ("version", version, VERSION),
         ("codec", codec, CODEC_NONE),
         ("key", key, shard.key),
-        ("layout", layout, form.layout),
+        ("layout", layout, shard.layout),
         ("rank", rank, shard.rank),
-        ("ranks", ranks, form.ranks),
+        ("ranks", ranks, shard.ranks),
         ("size", nbytes, memoryview(payload).nbytes),
     )
     for name, found, wanted in expected:
