@@ -91,8 +91,9 @@ class PendingRetrieve:
 class PendingStore:
     """Chunks on their way into the pool, invisible to readers until ``complete``."""
 
-    def __init__(self, cache: BlockCache | None, keys: Sequence[ChunkKey]) -> None:
+    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey]) -> None:
         self._cache = cache
+        self._kv = kv
         self._keys = keys
         self._started = time.perf_counter()
         self._stored = 0
@@ -103,8 +104,20 @@ class PendingStore:
         """Chunks that are being copied: those the pool had not, and had room for."""
         return sum(len(write.granted) for write in self.writes)
 
+    def copy_from(self, block_ids: Int64Array) -> None:
+        """Copies what was granted from blocks ``[keys, blocks per chunk]``; on a GPU, enqueues it on the current stream.
+
+        Asks nobody for anything. The blocks must not change until the copy is done.
+        """
+        try:
+            if self._cache is not None:
+                self._cache.copy_store(self._kv, self.writes, self._keys, block_ids)
+        except BaseException:  # an interrupt: nobody else will complete it
+            self.complete()
+            raise
+
     def complete(self) -> int:
-        """Chunks committed. Waits for the copies. Calling it again is harmless."""
+        """Chunks committed. Waits for the copies; gives back what was not copied. Calling it again is harmless."""
         cache, self._cache = self._cache, None
         if cache is not None:
             self._stored = cache.complete_store(self.writes, self._keys, self._started)
@@ -187,27 +200,30 @@ class BlockCache:
         logger.debug("retrieve: loaded %d of %d chunks, %d from the store: %s", loaded, len(keys), below, _span(keys))
         return loaded
 
-    def begin_store(
-        self,
-        kv: PagedKV,
-        keys: Sequence[ChunkKey],
-        block_ids: Int64Array,
-        *,
-        parent: ChunkKey | None,
-        tenant: int,
-        pin_s: float,
+    def reserve_store(
+        self, kv: PagedKV, keys: Sequence[ChunkKey], *, parent: ChunkKey | None, tenant: int, pin_s: float
     ) -> PendingStore:
-        """Starts to store ``keys``, consecutive chunks after ``parent``, from blocks ``[len(keys), blocks per chunk]``."""
+        """Asks for space for ``keys``, consecutive chunks after ``parent``; what it gives is to be copied and completed."""
         if not self._in_flight.enter():
-            return PendingStore(None, keys)
-        pending = PendingStore(self, keys)
+            return PendingStore(None, kv, keys)
+        pending = PendingStore(self, kv, keys)
         try:
             with self._failures.contained("store"):
-                self._write(pending.writes, kv, keys, block_ids, parent=parent, tenant=tenant, pin_s=pin_s)
+                self._reserve(pending.writes, kv, keys, parent=parent, tenant=tenant, pin_s=pin_s)
         except BaseException:  # an interrupt: nobody else will complete it
             pending.complete()
             raise
         return pending
+
+    def copy_store(
+        self, kv: PagedKV, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], block_ids: Int64Array
+    ) -> None:
+        """Copies into what ``reserve_store`` was granted; completing a copy that failed gives it back."""
+        start = 0
+        with self._failures.contained("store"):
+            for write, part in zip(writes, _parts(keys), strict=False):  # fewer, after a failure
+                write.copy_from(kv, block_ids[start + write.granted])
+                start += len(part)
 
     def complete_store(self, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], started: float) -> int:
         """The second half of ``begin_store``; its result calls it, once."""
@@ -324,19 +340,17 @@ class BlockCache:
                 return
             start += len(part)
 
-    def _write(
+    def _reserve(
         self,
         writes: list[PendingWrite],
         kv: PagedKV,
         keys: Sequence[ChunkKey],
-        block_ids: Int64Array,
         *,
         parent: ChunkKey | None,
         tenant: int,
         pin_s: float,
     ) -> None:
-        """Begins to store, adding to ``writes`` what is to be completed; completing a copy that failed gives it back."""
-        start = 0
+        """Begins to store, adding to ``writes`` what is to be completed."""
         for part in _parts(keys):
             write = begin_write(
                 self._client,
@@ -352,9 +366,7 @@ class BlockCache:
             )
             writes.append(write)
             self._count_outcomes(write)
-            write.copy_from(kv, block_ids[start + write.granted])
             parent = part[-1]
-            start += len(part)
 
     def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
         """Bytes of these placements; of segments that the present server does not know, none."""

@@ -164,9 +164,10 @@ class VCacheEngine:
         kv = self._kv_of(kvcaches)
         keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
         plan = plan_chunks(self.model, kv, keys, len(tokens), mask=mask, slot_mapping=slot_mapping, offset=offset)
-        pending = self._cache.begin_store(
-            kv, plan.keys, plan.block_ids, parent=plan.parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin)
+        pending = self._cache.reserve_store(
+            kv, plan.keys, parent=plan.parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin)
         )
+        pending.copy_from(plan.block_ids)
         pending.complete()
 
     def retrieve(
@@ -253,10 +254,20 @@ class VCacheEngine:
         ``keys`` are consecutive chunks of a prompt, ``parent`` the key before them (None at its start). On a GPU this only
         enqueues on the current stream. The blocks must not change until ``complete``, which must be called.
         """
-        kv, blocks = self._blocks_of(keys, block_ids)
+        _, blocks = self._blocks_of(keys, block_ids)
+        pending = self.reserve_store(keys, parent, salt=salt, pin=pin)
+        pending.copy_from(blocks)
+        return pending
+
+    def reserve_store(
+        self, keys: Sequence[ChunkKey], parent: ChunkKey | None = None, *, salt: str = "", pin: float = 0.0
+    ) -> PendingStore:
+        """The part of ``begin_store`` that asks the server; its result's ``copy_from`` is the part that does not."""
+        check_keys("keys", keys)
         if parent is not None:
             check_key("parent", parent)
-        return self._cache.begin_store(kv, keys, blocks, parent=parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin))
+        kv, tenant, pin_s = self._kv_of(None), tenant_of(salt), pin_seconds(pin)
+        return self._cache.reserve_store(kv, keys, parent=parent, tenant=tenant, pin_s=pin_s)
 
     def begin_retrieve(self, keys: Sequence[ChunkKey], block_ids: npt.ArrayLike) -> PendingRetrieve:
         """Starts to load the leading run of ``keys`` that is there into blocks of the registered tensors.
