@@ -28,6 +28,8 @@ SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 HostId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 SegmentId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Label = Annotated[str, msgspec.Meta(max_length=256)]
+#: How processes of other hosts read a segment (``vcache/remote/announcement.py``), opaque to the server; empty: they cannot.
+Announced = Annotated[bytes, msgspec.Meta(max_length=1024)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
@@ -99,6 +101,7 @@ class SegmentInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
         bytes, msgspec.Meta(max_length=1024)
     ]  # opaque to the server: what the memory module needs to open it
     label: Label
+    remote: Announced = b""
 
 
 class Reservation(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -117,6 +120,7 @@ class Reservation(msgspec.Struct, array_like=True, frozen=True, gc=False):
     nbytes: U63
     tokens: U32
     ttl_s: U32
+    is_copy: bool = False  # reserved with ``Reserve.into`` or ``into_tier``
 
 
 class RecordInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -201,6 +205,7 @@ class RegisterSegment(Request, tag=4):
     handle: Annotated[bytes, msgspec.Meta(max_length=1024)]
     label: Label
     attached: Sessions
+    remote: Announced = b""  # said again with another value, readers are told of the new one
 
 
 class Handover(Request, tag=5):
@@ -250,7 +255,17 @@ class Release(Request, tag=10):
 
 
 class Reserve(Request, tag=11):
-    """Space for one rank's shards of a run of chunks; ``parent`` is the key before the first (empty at a prompt's start)."""
+    """Space for one rank's shards of a run of chunks; ``parent`` is the key before the first (empty at a prompt's start).
+
+    With neither ``into`` nor ``into_tier`` a shard that the pool has anywhere ``EXISTS``, and the server chooses a segment of
+    the writer's host. With one of them (or both: both hold) the space is for a **copy**: it is in the segment of number
+    ``into``, or in a segment of the writer's host whose tier is ``into_tier``. A shard that is there already, or being written
+    there, ``EXISTS``; one that the pool has elsewhere is ``GRANTED`` or has ``NO_SPACE``; one that the pool has nowhere is
+    ``DECLINED``, as is a segment that is not the writer's host's, not serving, or too small.
+
+    The commit adds a placement to the shard. Whoever copies commits only what the source's record still proves *after* the
+    copy. Removing the chunk meanwhile ends the reservation, and is answered only when the copy, too, is gone from memory.
+    """
 
     keys: KeyBlob
     parent: ParentKey
@@ -261,6 +276,8 @@ class Reserve(Request, tag=11):
     tenant: U63
     ttl_s: U32  # 0 = until evicted
     pin_s: Seconds
+    into: U32 = 0  # a segment's number; 0 = not said
+    into_tier: Tier | None = None
 
 
 class Commit(Request, tag=12):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+import msgspec
+
 from vcache import protocol
 from vcache.protocol import KEY_BYTES, ErrorCode, RecordInfo, SegmentInfo
 from vram_metadata_server.allocator import ALIGNMENT, OverlapError
@@ -58,6 +60,8 @@ class Registrar:
         if known is not None and known.info.incarnation == request.incarnation and known.donor == donor.id:
             if known.gate is not None:
                 known.gate.begin_again(waiting)
+            if known.info.remote != request.remote:
+                self._announce(known, request.remote)
             return known
         self._may_register(donor, request, known)
         if known is not None:
@@ -72,6 +76,7 @@ class Registrar:
             nbytes=request.nbytes,
             handle=request.handle,
             label=request.label,
+            remote=request.remote,
         )
         self._next_number += 1
         segment = Segment(
@@ -93,6 +98,13 @@ class Registrar:
             segment.number, request.segment_id.hex(), request.device, request.nbytes, donor.name, len(waiting),
         )  # fmt: skip
         return segment
+
+    def _announce(self, segment: Segment, remote: bytes) -> None:
+        """Other hosts read the segment in another way from now on: whoever was told of it is told again."""
+        segment.info = msgspec.structs.replace(segment.info, remote=remote)
+        for session in self._members:
+            session.told.discard(segment.number)
+            session.told_version = -1
 
     def _may_register(self, donor: Session, request: protocol.RegisterSegment, known: Segment | None) -> None:
         last = self._dropped.get(request.segment_id, -1)

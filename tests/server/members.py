@@ -282,6 +282,7 @@ class Donation:
         self.orders: list[protocol.RetireItem] = []
         self.to_hand_over: list[RecordInfo] | None = None  # None: handed over
         self.is_to_register = False
+        self.remote = b""  # how other hosts read it
         donor.world.memories[memory.id] = memory
         donor.donations.append(self)
         if register:
@@ -300,7 +301,7 @@ class Donation:
         attached = [c.session for c in world.clients if c.is_alive and c.writes and c.host == self.donor.host]
         reply = self.donor.call(
             protocol.RegisterSegment, self.memory.id, self.incarnation, Tier.DRAM, self.donor.device, self.memory.nbytes,
-            UNIT, len(self.memory.records), b"", self.donor.name, attached, socket="background",
+            UNIT, len(self.memory.records), b"", self.donor.name, attached, self.remote, socket="background",
         )  # fmt: skip
         if isinstance(reply, protocol.Error):
             if reply.code is ErrorCode.UNKNOWN_SEGMENT:

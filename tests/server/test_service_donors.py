@@ -48,6 +48,21 @@ def test_a_goodbye_takes_the_segment_along(world: World) -> None:
     assert reader.infos == {}, "told to unmap it"
 
 
+def test_readers_are_told_again_of_a_segment_that_other_hosts_read_in_a_new_way(world: World) -> None:
+    donation = world.donor("d")
+    reader = Client(world, "r", host=b"another-host-016", writes=False)
+    donation.donor.store(keys(1))
+    reader.acquire(keys(1))
+    assert reader.infos[donation.number].remote == b""
+    donation.remote = b"peer:1"
+    donation.register(anew=False)
+    donation.hand_over()
+    reader.acquire(keys(1))
+    assert reader.infos[donation.number].remote == b"peer:1"
+    assert reader.hits(keys(1)) == 1, "nothing is lost by it"
+    world.check()
+
+
 def test_a_donor_that_was_dropped_comes_back_empty_under_a_new_incarnation(world: World) -> None:
     donation = world.donor("d")
     donation.donor.store(keys(1))
