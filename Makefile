@@ -37,4 +37,5 @@ bench: environment ## Measure (ARGS="NAME --quick --json FILE")
 
 clean: ## Remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json
+	find vcache -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
-"""Finds the packages; everything else there is to say stands in pyproject.toml."""
+"""Finds the packages and names the one file in C; everything else there is to say stands in pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 INTEGRATIONS = find_packages("integration")
 
@@ -8,6 +8,11 @@ setup(
     packages=[
         *find_packages(include=["vcache", "vcache.*", "vram_metadata_server", "vram_metadata_server.*"]),
         *INTEGRATIONS,
+    ],
+    ext_modules=[
+        Extension(
+            "vcache.transfer._copy_blocks", ["vcache/transfer/copy_blocks.c"], extra_compile_args=["-O3", "-std=c11"]
+        )
     ],
     package_dir={name: f"integration/{name.replace('.', '/')}" for name in INTEGRATIONS},
 )

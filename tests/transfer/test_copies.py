@@ -110,6 +110,29 @@ def test_large_copies_by_several_threads_are_whole_when_the_call_returns() -> No
             assert torch.equal(chunk, planes[:, torch.from_numpy(ids[number])])
 
 
+@pytest.mark.parametrize("block_bytes", [1, 15, 16, 63, 64, 65, 200, 4097])
+@pytest.mark.parametrize("shift", [0, 1, 8, 15])
+def test_blocks_of_any_size_at_any_address_are_copied_whole(block_bytes: int, shift: int) -> None:
+    """Heads and tails of what is copied in vectors, runs of neighbours among them."""
+    ids = np.array([[0, 1, 2, 7, 5, 6]])
+    memory = _segment(2 * 8 * block_bytes + shift, seed=1)
+    planes = memory[shift:].view(2, 8, block_bytes)
+    expected = planes[:, ids[0]].reshape(-1)
+    segment = _segment(len(expected) + 2 * shift + 3, seed=2)
+    around = segment.clone()
+    gather(PagedKV([planes], block_size=block_bytes, block_axis=1), ids, segment, np.array([shift]))
+    assert torch.equal(segment[shift : shift + len(expected)], expected)
+    assert torch.equal(segment[:shift], around[:shift])
+    assert torch.equal(segment[shift + len(expected) :], around[shift + len(expected) :])
+
+    other = _segment(2 * 8 * block_bytes + 15 - shift, seed=3)
+    loaded = other[15 - shift :].view(2, 8, block_bytes)
+    untouched = loaded[:, [3, 4]].clone()
+    scatter(PagedKV([loaded], block_size=block_bytes, block_axis=1), ids, segment, np.array([shift]))
+    assert torch.equal(loaded[:, ids[0]].reshape(-1), expected)
+    assert torch.equal(loaded[:, [3, 4]], untouched)
+
+
 def test_a_block_may_be_stored_twice() -> None:
     caches = _segment(4 * 8, seed=1).view(4, 8)
     segment = torch.zeros(32, dtype=torch.uint8)
