@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
 from vcache.keys import ChunkKey
 from vcache.log import KeyText
+from vcache.pending import KeyHits, PendingRetrieve, PendingStore
 from vcache.pool.reading import PendingRead, begin_read
 from vcache.pool.writing import PendingWrite, begin_write
 from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, Tier
@@ -35,93 +36,6 @@ logger = logging.getLogger("vcache.engine")
 
 Int64Array = npt.NDArray[np.int64]
 T = TypeVar("T")
-
-
-class KeyHits(NamedTuple):
-    """A leading run of chunks: ``pool`` in the pool, then ``store`` in the store.
-
-    ``lease`` (0 = none) keeps those in the pool from eviction until it is released or runs out.
-    """
-
-    pool: int = 0
-    store: int = 0
-    lease: int = 0
-
-    @property
-    def hits(self) -> int:
-        return self.pool + self.store
-
-
-class PendingRetrieve:
-    """Chunks on their way into the engine's blocks. Nothing may be taken for loaded before ``complete`` says so."""
-
-    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> None:
-        self._cache = cache
-        self.kv = kv
-        self.keys = keys
-        self.block_ids = block_ids
-        self.started = time.perf_counter()
-        self._loaded = 0
-        #: What was begun, and whether its copies were enqueued without an error.
-        self.reads: list[tuple[PendingRead, bool]] = []
-
-    @property
-    def chunks(self) -> int:
-        """Leading chunks that are being copied from the pool."""
-        return sum(read.hits for read, copied in self.reads if copied)
-
-    def complete(self) -> int:
-        """Leading chunks loaded, each byte of them valid. Waits for the copies. Calling it again is harmless.
-
-        Where the pool's valid run ends it goes on in the store, and waits for that too.
-        """
-        return self._end(go_on=True)
-
-    def abandon(self) -> None:
-        """Ends what was begun, going nowhere else."""
-        self._end(go_on=False)
-
-    def _end(self, *, go_on: bool) -> int:
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            self._loaded = cache.complete_retrieve(self, go_on=go_on)
-        return self._loaded
-
-
-class PendingStore:
-    """Chunks on their way into the pool, invisible to readers until ``complete``."""
-
-    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey]) -> None:
-        self._cache = cache
-        self._kv = kv
-        self._keys = keys
-        self._started = time.perf_counter()
-        self._stored = 0
-        self.writes: list[PendingWrite] = []
-
-    @property
-    def chunks(self) -> int:
-        """Chunks that are being copied: those the pool had not, and had room for."""
-        return sum(len(write.granted) for write in self.writes)
-
-    def copy_from(self, block_ids: Int64Array) -> None:
-        """Copies what was granted from blocks ``[keys, blocks per chunk]``; on a GPU, enqueues it on the current stream.
-
-        Asks nobody for anything. The blocks must not change until the copy is done.
-        """
-        try:
-            if self._cache is not None:
-                self._cache.copy_store(self._kv, self.writes, self._keys, block_ids)
-        except BaseException:  # an interrupt: nobody else will complete it
-            self.complete()
-            raise
-
-    def complete(self) -> int:
-        """Chunks committed. Waits for the copies; gives back what was not copied. Calling it again is harmless."""
-        cache, self._cache = self._cache, None
-        if cache is not None:
-            self._stored = cache.complete_store(self.writes, self._keys, self._started)
-        return self._stored
 
 
 class BlockCache:

@@ -27,15 +27,16 @@ from vcache.arguments import (
     checked_seconds,
     pin_seconds,
 )
-from vcache.block_cache import BlockCache, KeyHits, PendingRetrieve, PendingStore
+from vcache.block_cache import BlockCache
 from vcache.chunk_plan import plan_chunks
 from vcache.config import DEFAULT_ORIGIN, VCacheConfig
-from vcache.devices import checked_device, default_device, device_name
+from vcache.construction import check_construction, device_of
+from vcache.devices import device_name
 from vcache.donation import donation_bytes, open_donation
-from vcache.errors import ConfigError
 from vcache.keys import ChunkKey, ModelSpec, chunk_keys, parse_key, tenant_of
 from vcache.kv_tensors import KVTensors, promised_payload_bytes
 from vcache.log import configure
+from vcache.pending import KeyHits, PendingRetrieve, PendingStore
 from vcache.pool.client import PoolClient
 from vcache.stats import Counters, StatsValue
 from vcache.store_tier import StoreTier, open_store_tier
@@ -86,11 +87,12 @@ class VCacheEngine:
         self.model = model
         self.role = role
         self.rank = rank
-        self._check_construction(device, kv_caches, donate)
+        check_construction(self.config, model, role, rank, device=device, kv_caches=kv_caches, donate=donate)
         if self.config.origin("log_level") != DEFAULT_ORIGIN:  # otherwise the application's logging is left alone
             configure(self.config.log_level, f"{role} {rank}")
         self._kv = KVTensors(model)
-        where = self._device(device, kv_caches)
+        kv = self._kv.register(kv_caches) if kv_caches is not None else None
+        where = device_of(device, kv) if role == "worker" else None
         donated_bytes = donation_bytes(self.config, donate) if donate is not None else 0
         self._client = PoolClient(
             self.config,
@@ -329,41 +331,6 @@ class VCacheEngine:
         self.close()
 
     # --- beneath -----------------------------------------------------------------------------------------------------
-
-    def _check_construction(
-        self, device: str | torch.device | None, kv_caches: KVCaches | PagedKV | None, donate: int | str | None
-    ) -> None:
-        if self.role not in ("worker", "scheduler"):
-            raise ValueError(f"role must be 'worker' or 'scheduler', got {self.role!r}")
-        if type(self.rank) is not int or not 0 <= self.rank < self.model.ranks:
-            raise ValueError(f"rank must be from 0 to {self.model.ranks - 1} (the model's ranks), got {self.rank!r}")
-        if self.role == "scheduler":
-            given = {"device": device, "kv_caches": kv_caches, "donate": donate}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"{name} must not be given with role='scheduler', which touches no device")
-        for name in ("chunk_size", "block_size"):
-            configured, described = getattr(self.config, name), getattr(self.model, name)
-            origin = self.config.origin(name)
-            if configured != described and origin != DEFAULT_ORIGIN:
-                raise ConfigError(
-                    f"{name} = {configured} (from {origin}): the model's description says {described}; make them equal, "
-                    f"or leave {name} out"
-                )
-
-    def _device(self, device: str | torch.device | None, kv_caches: KVCaches | PagedKV | None) -> torch.device | None:
-        """Where this engine's KV is or will be; None for a scheduler."""
-        if self.role == "scheduler":
-            return None
-        given = checked_device(device) if device is not None else None
-        if kv_caches is None:
-            return given or default_device()
-        found = checked_device(self._kv.register(kv_caches).device)
-        if given is None:
-            return found
-        if given.type != found.type or (given.type == "cuda" and given != found):
-            raise ValueError(f"kv_caches is on {found}, device says {given}")
-        return given  # torch gives host tensors no ordinal
 
     def _payload_bytes(self) -> int:
         """One shard's bytes, or 0 while nothing says so."""

@@ -28,8 +28,6 @@ def main(arguments: list[str]) -> None:
         soft_pin_s=0.0,
         key_prefix="",
         staging_bytes=0,
-        layout=b"",
-        ranks=1,
     )
     ending = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)  # `vcache mooncake start` blocks them

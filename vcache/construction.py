@@ -1,0 +1,49 @@
+"""What an engine is made with, checked before anything is opened: its role, its rank, its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vcache.config import DEFAULT_ORIGIN
+from vcache.devices import checked_device, default_device
+from vcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vcache.config import VCacheConfig
+    from vcache.keys import ModelSpec
+    from vcache.paged_kv import PagedKV
+
+
+def check_construction(config: VCacheConfig, model: ModelSpec, role: str, rank: object, **given: object) -> None:
+    """``given``: what only a worker may be given. Raises ``ValueError`` or, for the configuration, ``ConfigError``."""
+    if role not in ("worker", "scheduler"):
+        raise ValueError(f"role must be 'worker' or 'scheduler', got {role!r}")
+    if type(rank) is not int or not 0 <= rank < model.ranks:
+        raise ValueError(f"rank must be from 0 to {model.ranks - 1} (the model's ranks), got {rank!r}")
+    if role == "scheduler":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} must not be given with role='scheduler', which touches no device")
+    for name in ("chunk_size", "block_size"):
+        configured, described = getattr(config, name), getattr(model, name)
+        origin = config.origin(name)
+        if configured != described and origin != DEFAULT_ORIGIN:
+            raise ConfigError(
+                f"{name} = {configured} (from {origin}): the model's description says {described}; make them equal, "
+                f"or leave {name} out"
+            )
+
+
+def device_of(device: str | torch.device | None, kv: PagedKV | None) -> torch.device:
+    """Where a worker's KV is or will be. ``ValueError`` when ``device`` and the tensors say different things."""
+    given = checked_device(device) if device is not None else None
+    if kv is None:
+        return given or default_device()
+    found = checked_device(kv.device)
+    if given is None:
+        return found
+    if given.type != found.type or (given.type == "cuda" and given != found):
+        raise ValueError(f"kv_caches is on {found}, device says {given}")
+    return given  # torch gives host tensors no ordinal
