@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from vcache.companion.companion import Companion
+from vcache.companion.link import LinkClosedError
 from vcache.errors import UnavailableError
 from vcache.store.base import Got, Put, Shard
 from vcache.store.mooncake_command import address_towards, mooncake_environment, require_mooncake
-from vcache.store.mooncake_companion import Companion
 from vcache.store.mooncake_objects import object_name
-from vcache.store.mooncake_wire import Ask, Exist, Get, LinkClosedError, Object, PutAll, Remove, Setup
+from vcache.store.mooncake_wire import DECODER, Ask, Exist, Get, Object, PutAll, Remove, Setup
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ class MooncakeStore:
                 self._process = self._started()
             process = self._process
         try:
-            if process.is_ready():
+            if process.ready() is not None:
                 return process
         except LinkClosedError as error:
             self._replace(process)
@@ -144,7 +145,13 @@ class MooncakeStore:
         self._counts["store_process_starts"] += 1
         hostname = self._setup.hostname or address_towards(self._setup.master)
         setup = msgspec.structs.replace(self._setup, hostname=hostname)
-        return Companion(setup, self._staging.fd, mooncake_environment(hostname, self._timeout_s))
+        return Companion(
+            "vcache.store.mooncake_process",
+            setup,
+            DECODER,
+            fds=(self._staging.fd,),
+            environment=mooncake_environment(hostname, self._timeout_s),
+        )
 
     def _replace(self, process: Companion) -> None:
         """Ends ``process``, so that the next call starts another."""

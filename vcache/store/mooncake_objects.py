@@ -19,10 +19,11 @@ from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from vcache.companion.link import PENDING, TAINTED, Answer
 from vcache.errors import CorruptionError
 from vcache.keys import ChunkKey
 from vcache.store.base import Got, Put, Shard
-from vcache.store.mooncake_wire import PENDING, TAINTED, Answer, Exist, Get, Object, PutAll, Remove, Setup
+from vcache.store.mooncake_wire import Exist, Get, Object, PutAll, Remove, Setup
 from vcache.store.objects import PAGE_BYTES, sealed, verify
 
 if TYPE_CHECKING:

@@ -4,14 +4,13 @@ Measured of 0.3.13: ``setup`` against a master that accepts connections but hang
 ``close`` for up to 15 s; any call on a closed handle ends the process. No probe rules these out, because a master can hang
 between probe and call. Here they are harmless.
 
-    python -m vcache.store.mooncake_process LIFE CONTROL STAGING LANE...     (descriptors; see mooncake_wire.py)
+    python -m vcache.store.mooncake_process LIFE CONTROL STAGING LANE...     (descriptors; see companion/link.py)
 
 What it does with the objects is in ``mooncake_objects.py``. Torch-free.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
@@ -19,21 +18,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from vcache.companion.life import end_with
+from vcache.companion.link import Answer, Close, Failed, Link, LinkClosedError, Ready
 from vcache.errors import VCacheError
 from vcache.store.mooncake_objects import Objects, StagingMap
-from vcache.store.mooncake_wire import (
-    Answer,
-    Close,
-    Exist,
-    Failed,
-    Get,
-    Link,
-    LinkClosedError,
-    PutAll,
-    Ready,
-    Remove,
-    Setup,
-)
+from vcache.store.mooncake_wire import DECODER, Exist, Get, PutAll, Remove, Setup
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore
@@ -47,7 +36,7 @@ LOCAL_BUFFER_BYTES: Final = 16 << 20
 def main(arguments: list[str]) -> None:
     life, control_fd, staging_fd, *lane_fds = map(int, arguments)
     end_with(life)
-    control = Link(socket.socket(fileno=control_fd))
+    control = Link(socket.socket(fileno=control_fd), DECODER)
     setup = control.receive()
     assert isinstance(setup, Setup)
     staging = StagingMap(staging_fd, setup.staging_bytes)
@@ -62,26 +51,12 @@ def main(arguments: list[str]) -> None:
         os._exit(1)
     objects = Objects(handle, staging, setup)
     for fd in lane_fds:
-        lane = Link(socket.socket(fileno=fd))
+        lane = Link(socket.socket(fileno=fd), DECODER)
         threading.Thread(target=serve, args=(lane, objects), daemon=True).start()
     control.send(Ready())
     assert isinstance(control.receive(), Close)
     handle.close()  # so that the master forgets this process's memory at once
     os._exit(0)  # calls may be under way; destructors of a closed handle are not to be trusted
-
-
-def end_with(life: int) -> None:
-    """Has the kernel end this process when the other end of ``life`` goes: SIGIO needs neither the GIL nor a thread."""
-    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    other = socket.socket(fileno=os.dup(life))
-    other.setblocking(False)
-    try:
-        gone = other.recv(1) == b""
-    except BlockingIOError:
-        gone = False
-    if gone:  # before we asked for the signal
-        os._exit(0)
 
 
 def joined(setup: Setup) -> MooncakeDistributedStore:
