@@ -162,7 +162,7 @@ class Registrar:
         """The writing record that a handover brought has an owner now."""
         reservations = self._catalog.reservations
         reservations.settle(found)
-        found.session, found.ttl_s = session.id, said.ttl_s
+        found.session, found.ttl_s, found.is_copy = session.id, said.ttl_s, said.is_copy
         reservations.add(found)
         self._revive(found)
 
@@ -185,6 +185,7 @@ class Registrar:
             pin_s=0.0,
             deadline=0.0,
             live=False,
+            is_copy=said.is_copy,
         )
         segment = self._by_id.get(said.segment_id)
         if segment is None:
@@ -210,8 +211,10 @@ class Registrar:
             self._revive(claim)
 
     def _revive(self, claim: Reservation) -> None:
-        """The writer may still commit, if nobody else has or writes this shard."""
+        """The writer may still commit, if nobody else writes this shard, and what it may be a copy of was not removed."""
         catalog = self._catalog
+        if claim.is_copy and self.removed.covers(claim.key, claim.tenant, claim.generation):
+            return
         if (
             claim.rank < claim.ranks
             and catalog.fits(claim.key, claim.ranks)

@@ -74,7 +74,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     children: int  # entries and live reservations whose parent this is; 0 = a leaf
     holds: int = 0  # leases and pins: not a victim while there are any
     touched: int = 0  # the eviction policy's notion of time
-    packed: bytes = b""  # of rank 0's first placement: what most acquires want, three cache misses nearer
+    packed: bytes = b""  # of rank 0's only placement: what most acquires want, three cache misses nearer
 
     def placements(self) -> Iterator[Placement]:
         for first in self.shards:
@@ -93,8 +93,6 @@ class Index:
         self.partial: dict[bytes, Entry] = {}
         #: Children of chunks that have no entry (yet, or any more).
         self.orphans: dict[bytes, int] = {}
-        #: Placements that are not the first of their shard; while 0, a shard has no choice to make.
-        self.copies = 0
 
     def __len__(self) -> int:
         return len(self.whole) + len(self.partial)
@@ -135,7 +133,6 @@ class Index:
         placement = Placement(entry, segment, rank, packed, first)
         self._replace(entry, rank, placement)
         if first is not None:
-            self.copies += 1
             return placement
         entry.missing -= 1
         if entry.missing == 0:
@@ -145,14 +142,13 @@ class Index:
     def discard(self, placement: Placement) -> Entry | None:
         """Takes a placement out; with its last one the entry goes too. Answers the parent that thereby became a leaf."""
         entry, rank = placement.entry, placement.rank
-        chain = [other for other in _chain(entry.shards[rank]) if other is not placement]
+        chain = [other for other in copies_of(entry.shards[rank]) if other is not placement]
         first: Placement | None = None
         for other in reversed(chain):
             other.next, first = first, other
         placement.next = None
         self._replace(entry, rank, first)
         if first is not None:
-            self.copies -= 1
             return None
         if entry.missing == 0:
             self.partial[entry.key] = self.whole.pop(entry.key)
@@ -167,7 +163,7 @@ class Index:
     def _replace(self, entry: Entry, rank: int, first: Placement | None) -> None:
         entry.shards = (*entry.shards[:rank], first, *entry.shards[rank + 1 :])
         if rank == 0:
-            entry.packed = b"" if first is None else first.packed
+            entry.packed = b"" if first is None or first.next is not None else first.packed
 
     def add_child(self, parent: bytes) -> None:
         if not parent:
@@ -194,7 +190,8 @@ class Index:
         return None
 
 
-def _chain(first: Placement | None) -> Iterator[Placement]:
+def copies_of(first: Placement | None) -> Iterator[Placement]:
+    """All placements of a shard, by the first of them."""
     while first is not None:
         yield first
         first = first.next

@@ -1,13 +1,14 @@
 """Where things go and come from: the segments a write may use, best first, and the copy a reader is sent.
 
 Only a donor's own host may write into a segment (a late one-sided write from elsewhere could not be called back), so a write
-is placed on the writer's host or declined; reads prefer the reader's device, then its host, then any.
+is placed on the writer's host or declined. VRAM comes before host memory, and within a tier the own device before others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vcache.protocol import Reserve
 from vram_metadata_server.index import Placement
 from vram_metadata_server.members import Session
 from vram_metadata_server.segments import Segment, SegmentState
@@ -15,28 +16,47 @@ from vram_metadata_server.settings import PlacementPolicy
 
 
 def segments_for_write(
-    segments: Iterable[Segment], writer: Session, nbytes: int, policy: PlacementPolicy
+    segments: Iterable[Segment], writer: Session, request: Reserve, policy: PlacementPolicy
 ) -> list[Segment]:
-    """The segments that can take a payload of ``nbytes``, the best last (the caller pops what turns out to be full)."""
+    """The segments that can take the request's payloads, the best last (the caller pops what turns out to be full)."""
     able = [
         segment
         for segment in segments
-        if segment.state is SegmentState.SERVING and segment.info.host == writer.host and segment.data_bytes >= nbytes
+        if segment.state is SegmentState.SERVING
+        and segment.info.host == writer.host
+        and segment.data_bytes >= request.nbytes
     ]
+    if is_for_copy(request):
+        able = [segment for segment in able if is_target(segment, writer, request)]
     if policy == "local_first":
-        able.sort(key=lambda segment: (segment.info.device == writer.device, _free_bytes(segment)))
+        able.sort(key=lambda segment: (-segment.info.tier, segment.info.device == writer.device, _free_bytes(segment)))
     else:
-        able.sort(key=_free_bytes)
+        able.sort(key=lambda segment: (-segment.info.tier, _free_bytes(segment)))
     return able
 
 
+def is_for_copy(request: Reserve) -> bool:
+    """Whether the request says where its space is to be."""
+    return bool(request.into) or request.into_tier is not None
+
+
+def is_target(segment: Segment, writer: Session, request: Reserve) -> bool:
+    """Whether a copy that the request asks for may lie in this segment."""
+    info = segment.info
+    return (
+        info.host == writer.host
+        and (not request.into or info.number == request.into)
+        and (request.into_tier is None or info.tier is request.into_tier)
+    )
+
+
 def nearest(first: Placement, reader: Session) -> Placement:
-    """The copy of a shard that is closest to the reader."""
-    best, best_distance = first, 3
+    """The copy of a shard that is closest to the reader: by host, then tier, then device."""
+    best, best_distance = first, 8
     copy: Placement | None = first
     while copy is not None:
         info = copy.segment.info
-        distance = 2 if info.host != reader.host else int(info.device != reader.device)
+        distance = 4 * (info.host != reader.host) + 2 * info.tier + (info.device != reader.device)
         if distance < best_distance:
             best, best_distance = copy, distance
         copy = copy.next

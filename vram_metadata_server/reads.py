@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from vcache import protocol
+from vcache.protocol import PLACEMENT
 from vram_metadata_server.catalog import Catalog, key_text
 from vram_metadata_server.index import Entry, Placement, split_keys
 from vram_metadata_server.leases import LeaseTable
@@ -54,12 +55,12 @@ class Reads:
         rank = request.rank
         if rank:
             run = list(takewhile(lambda entry: rank < len(entry.shards), run))
-        if self._index.copies:
-            packed = b"".join([nearest(entry.shards[rank], session).packed for entry in run])  # type: ignore[arg-type]
-        elif rank:
-            packed = b"".join([entry.shards[rank].packed for entry in run])  # type: ignore[union-attr]
+        if rank:
+            packed = b"".join([_choice(entry.shards[rank], session) for entry in run])  # type: ignore[arg-type]
         else:
             packed = b"".join([entry.packed for entry in run])
+            if len(packed) < len(run) * PLACEMENT.size:  # some have several
+                packed = b"".join([entry.packed or _choice(entry.shards[0], session) for entry in run])  # type: ignore[arg-type]
         self._counters["hit_keys"] += len(run)
         self._catalog.policy.touch(run)
         lease = self._lease(session, run, packed, request.lease_s) if run else 0
@@ -126,3 +127,7 @@ class Reads:
     def unpin(self, request: protocol.Unpin) -> int:
         """Ends pins; answers how many there were."""
         return sum(map(self._pins.unpin, split_keys(request.keys)))
+
+
+def _choice(first: Placement, reader: Session) -> bytes:
+    return first.packed if first.next is None else nearest(first, reader).packed

@@ -1,7 +1,8 @@
 """``Remove`` and ``Clear``: gone from the index now, answered when gone from memory.
 
 They end leases and outrank pins: a reader at work finds its record retired and has a miss. A write in flight is not an entry
-yet: it may appear after. What a donor hands over later in this term is checked against them (``RemovedInTerm``).
+yet: it may appear after; a copy in flight of what is removed is called off. What a donor hands over later in this term is
+checked against them (``RemovedInTerm``).
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Removes:
             removal.count += 1
         catalog.counters["removed"] += removal.count
         self._registrar.removed.add(dict.fromkeys(keys, self._writes.next_generation))
+        if catalog.reservations.copies:
+            named = frozenset(keys)
+            self._writes.call_off_copies(lambda copy: copy.key in named, removal)
         self._await_handovers(removal)
         removal.settle()
 
@@ -54,6 +58,7 @@ class Removes:
         below = self._writes.next_generation
         self._tombstones.clear(tenant, below, removal)
         self._registrar.removed.clear(tenant, below)
+        self._writes.call_off_copies(lambda copy: tenant is None or copy.tenant == tenant, removal)
         self._await_handovers(removal)
         removal.settle()
 

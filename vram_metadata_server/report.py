@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from vcache.protocol import SegmentStats, ServerStats
-from vram_metadata_server.index import Entry, Placement
+from vram_metadata_server.index import Entry, Placement, copies_of
 from vram_metadata_server.segments import Segment
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def _check_records(service: Service, segment: Segment) -> None:
 
 def _check_entries(service: Service) -> None:
     index = service.catalog.index
-    copies = 0
     for table, is_whole in ((index.whole, True), (index.partial, False)):
         for key, entry in table.items():
             assert entry.key == key
@@ -94,18 +93,17 @@ def _check_entries(service: Service) -> None:
             assert entry.missing == missing and (missing == 0) is is_whole
             assert missing < len(entry.shards), "an entry without a placement"
             assert is_whole or key in service.catalog.incomplete, "an incomplete chunk without a deadline"
-            copies += sum(placement.next is not None for placement in entry.placements())
             _check_placements(entry)
-    assert copies == index.copies
 
 
 def _check_placements(entry: Entry) -> None:
     for rank, first in enumerate(entry.shards):
-        placement = first
-        while placement is not None:
+        copies = list(copies_of(first))
+        for placement in copies:
             assert placement.entry is entry and placement.rank == rank
             assert placement.segment.holder(placement.record) is placement
-            placement = placement.next
+        if rank == 0:
+            assert entry.packed == (copies[0].packed if len(copies) == 1 else b""), "not what an acquire is sent"
 
 
 def _check_children(service: Service) -> None:

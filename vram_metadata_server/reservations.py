@@ -21,6 +21,7 @@ import msgspec
 from vram_metadata_server.deadlines import Deadlines
 
 if TYPE_CHECKING:
+    from vram_metadata_server.removal import Removal
     from vram_metadata_server.segments import Segment
 
 #: The session of a writing record that nobody has claimed.
@@ -49,6 +50,9 @@ class Reservation(msgspec.Struct, gc=False, eq=False):
     deadline: float
     live: bool
     stopped: bool = False  # evidence came while it was live; a commit may still be on its way until the deadline
+    is_copy: bool = False  # of a shard that the pool had elsewhere when it was granted
+    next: Reservation | None = None  # another live one of the same shard, into another segment
+    waiters: list[Removal] | None = None  # to be answered no earlier than its record is retired
 
 
 class ReservationTable:
@@ -58,7 +62,9 @@ class ReservationTable:
         self._by_generation: dict[int, Reservation] = {}
         self._by_session: dict[bytes, dict[int, Reservation]] = {}
         self._by_segment: dict[bytes, dict[int, Reservation]] = {}
-        self._live: dict[tuple[bytes, int], Reservation] = {}
+        self._live: dict[tuple[bytes, int], Reservation] = {}  # the first of a chain
+        #: Copies that are not settled, by generation.
+        self.copies: dict[int, Reservation] = {}
         self._deadlines: Deadlines[int] = Deadlines(self._deadline)
 
     def __len__(self) -> int:
@@ -79,7 +85,7 @@ class ReservationTable:
         return self._by_segment.get(segment_id, {})
 
     def live(self, key: bytes, rank: int) -> Reservation | None:
-        """The live reservation of this shard."""
+        """The live reservation of this shard; the first of a chain (``Reservation.next``) when copies of it are made, too."""
         return self._live.get((key, rank))
 
     def add(self, reservation: Reservation) -> None:
@@ -87,26 +93,40 @@ class ReservationTable:
         self._by_generation[generation] = reservation
         self._by_session.setdefault(reservation.session, {})[generation] = reservation
         self._by_segment.setdefault(reservation.segment_id, {})[generation] = reservation
+        if reservation.is_copy:
+            self.copies[generation] = reservation
         if reservation.live:
-            self._live[reservation.key, reservation.rank] = reservation
+            self._enlist(reservation)
             self._deadlines.push(reservation.deadline, generation)
 
     def expire(self, reservation: Reservation) -> None:
         """Frees the key. The caller takes the child it counted as from its parent."""
         reservation.live = False
-        del self._live[reservation.key, reservation.rank]
+        name = (reservation.key, reservation.rank)
+        first = self._live.pop(name)
+        if first is not reservation:
+            self._live[name] = before = first
+            while before.next is not reservation:
+                assert before.next is not None
+                before = before.next
+            before.next = reservation.next
+        elif reservation.next is not None:
+            self._live[name] = reservation.next
+        reservation.next = None
 
     def revive(self, reservation: Reservation, deadline: float) -> None:
         """Gives a claim whose segment has registered its key; the caller makes it its parent's child again."""
         reservation.live = True
         reservation.deadline = deadline
-        self._live[reservation.key, reservation.rank] = reservation
+        self._enlist(reservation)
         self._deadlines.push(deadline, reservation.generation)
 
     def settle(self, reservation: Reservation) -> None:
         """Forgets an expired reservation: there is evidence that its writer has stopped."""
         generation = reservation.generation
         del self._by_generation[generation]
+        if reservation.is_copy:
+            del self.copies[generation]
         for table, name in ((self._by_session, reservation.session), (self._by_segment, reservation.segment_id)):
             del table[name][generation]
             if not table[name]:
@@ -116,6 +136,11 @@ class ReservationTable:
         """Live reservations past their deadline, each once; the caller expires them."""
         for generation in self._deadlines.due(now):
             yield self._by_generation[generation]
+
+    def _enlist(self, reservation: Reservation) -> None:
+        name = (reservation.key, reservation.rank)
+        reservation.next = self._live.get(name)
+        self._live[name] = reservation
 
     def _deadline(self, generation: int) -> float | None:
         reservation = self._by_generation.get(generation)
@@ -127,5 +152,13 @@ class ReservationTable:
         assert {g for of in self._by_session.values() for g in of} == everything
         assert {g for of in self._by_segment.values() for g in of} == everything
         live = {g for g, reservation in self._by_generation.items() if reservation.live}
-        assert {reservation.generation for reservation in self._live.values()} == live
+        assert {each.generation for first in self._live.values() for each in chain(first)} == live
+        assert {g for g, reservation in self._by_generation.items() if reservation.is_copy} == set(self.copies)
         assert all(self._deadlines.covers(generation, self._by_generation[generation].deadline) for generation in live)
+
+
+def chain(first: Reservation | None) -> Iterator[Reservation]:
+    """A live reservation and those of the same shard that follow it."""
+    while first is not None:
+        yield first
+        first = first.next

@@ -8,18 +8,19 @@ expires* (time frees the key, nothing else), *heartbeat settles*, *writer proven
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from vcache import protocol
 from vcache.protocol import PLACEMENT, ErrorCode, Outcome
 from vram_metadata_server.catalog import Catalog, key_text
-from vram_metadata_server.index import Entry, split_keys
+from vram_metadata_server.index import Entry, copies_of, split_keys
 from vram_metadata_server.members import Session
 from vram_metadata_server.pins import PinTable
-from vram_metadata_server.placement import segments_for_write
+from vram_metadata_server.placement import is_for_copy, is_target, segments_for_write
 from vram_metadata_server.refusal import RefusalError
-from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, Reservation
+from vram_metadata_server.removal import Removal
+from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, Reservation, chain
 from vram_metadata_server.segments import Retiring, Segment, SegmentState
 from vram_metadata_server.tombstones import Tombstones
 
@@ -51,20 +52,17 @@ class Writes:
         """*reserve*: an outcome byte per key, and the placements of those granted. Raises ``RefusalError``."""
         catalog = self._catalog
         keys = split_keys(request.keys)
-        if request.parent and len(request.parent) != protocol.KEY_BYTES:
-            raise RefusalError(ErrorCode.BAD_REQUEST, f"parent: {len(request.parent)} bytes are not a key")
-        if request.rank >= request.ranks:
-            raise RefusalError(ErrorCode.BAD_REQUEST, f"rank {request.rank} of {request.ranks} ranks")
-        if not request.nbytes:
-            raise RefusalError(ErrorCode.BAD_REQUEST, "nbytes: an empty payload")
-        able = segments_for_write(catalog.segments.values(), writer, request.nbytes, catalog.settings.placement)
+        _check(request)
+        able = segments_for_write(catalog.segments.values(), writer, request, catalog.settings.placement)
         best = able[-1] if able else None
+        others = able[:-1]
+        standing = self._standing_of_copy if is_for_copy(request) else self._standing
         room = OUTSTANDING_PER_SESSION - len(catalog.reservations.of_session(writer.id))
         outcomes = bytearray()
         granted: list[bytes] = []
         parent = request.parent
         for key in keys:
-            outcome = self._standing(key, request.rank, request.ranks)
+            outcome = standing(key, writer, request)
             if outcome is Outcome.GRANTED:
                 if best is None or len(granted) >= room:
                     outcome = Outcome.DECLINED
@@ -82,22 +80,38 @@ class Writes:
                 catalog.pressure.nudge(best, request.nbytes)
             elif granted:
                 catalog.pressure.check(best)
+                if able[-1] is not best:  # it was full: others of these took what it could not
+                    for segment in others:
+                        catalog.pressure.check(segment)
         return bytes(outcomes), b"".join(granted)
 
-    def _standing(self, key: bytes, rank: int, ranks: int) -> Outcome:
+    def _standing(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
         """``GRANTED`` when nobody has or is writing this shard."""
-        catalog = self._catalog
-        entry = catalog.index.get(key)
+        entry = self._find(key)
         if entry is not None:
-            if self._tombstones.sweeps:
-                self._tombstones.bury(entry)
-                entry = catalog.index.get(key)
-            if entry is not None:
-                if len(entry.shards) != ranks:
-                    return Outcome.DECLINED
-                if entry.shards[rank] is not None:
-                    return Outcome.EXISTS
-        return Outcome.EXISTS if catalog.reservations.live(key, rank) is not None else Outcome.GRANTED
+            if len(entry.shards) != request.ranks:
+                return Outcome.DECLINED
+            if entry.shards[request.rank] is not None:
+                return Outcome.EXISTS
+        return Outcome.EXISTS if self._catalog.reservations.live(key, request.rank) is not None else Outcome.GRANTED
+
+    def _standing_of_copy(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
+        """``GRANTED`` when somebody has this shard, and nobody has or is writing it where the copy is to be."""
+        entry = self._find(key)
+        if entry is None or len(entry.shards) != request.ranks or entry.shards[request.rank] is None:
+            return Outcome.DECLINED
+        placements = copies_of(entry.shards[request.rank])
+        writing = chain(self._catalog.reservations.live(key, request.rank))
+        there = [*(placement.segment for placement in placements), *(other.segment for other in writing)]
+        is_there = any(segment is not None and is_target(segment, writer, request) for segment in there)
+        return Outcome.EXISTS if is_there else Outcome.GRANTED
+
+    def _find(self, key: bytes) -> Entry | None:
+        entry = self._catalog.index.get(key)
+        if entry is not None and self._tombstones.sweeps:
+            self._tombstones.bury(entry)
+            return self._catalog.index.get(key)
+        return entry
 
     def _grant(
         self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment]
@@ -134,6 +148,7 @@ class Writes:
             pin_s=request.pin_s,
             deadline=catalog.now + catalog.settings.reservation_s,
             live=True,
+            is_copy=is_for_copy(request),
         )
         segment.records[record] = reservation
         catalog.reservations.add(reservation)
@@ -212,6 +227,7 @@ class Writes:
             if reservation.segment is segment:
                 self._expire(reservation)
                 reservation.segment = None
+                _answer(reservation)
                 if reservation.stopped:
                     self.settle(reservation)
 
@@ -230,10 +246,22 @@ class Writes:
         for reservation in list(self._catalog.reservations.of_session(session).values()):
             self._stopped(reservation)
 
+    def call_off_copies(self, is_removed: Callable[[Reservation], bool], removal: Removal) -> None:
+        """What they copy was removed: their commits are refused, and the removal is answered when they are gone from memory."""
+        for reservation in [copy for copy in self._catalog.reservations.copies.values() if is_removed(copy)]:
+            removal.wait()
+            reservation.waiters = [*(reservation.waiters or ()), removal]
+            self._expire(reservation)
+            if reservation.segment is None:
+                _answer(reservation)
+            elif reservation.stopped:
+                self.settle(reservation)
+
     def forget_claims(self, session: bytes) -> None:
         """The session is forgotten; none of its reservations lies in a registered segment."""
         for reservation in list(self._catalog.reservations.of_session(session).values()):
             assert reservation.segment is None
+            _answer(reservation)
             self._catalog.reservations.settle(reservation)
 
     def proven_dead(self, session: bytes) -> None:
@@ -263,16 +291,35 @@ class Writes:
         catalog.counters["reservations_settled"] += 1
         segment = reservation.segment
         if segment is None or segment.state is SegmentState.DROPPED:
+            _answer(reservation)
             return
-        catalog.retire_record(
-            Retiring(
-                segment,
-                reservation.record,
-                reservation.generation,
-                reservation.key,
-                reservation.tenant,
-                reservation.offset,
-                reservation.nbytes,
-                [],
-            )
+        item = Retiring(
+            segment,
+            reservation.record,
+            reservation.generation,
+            reservation.key,
+            reservation.tenant,
+            reservation.offset,
+            reservation.nbytes,
+            [],
         )
+        if catalog.retire_record(item):
+            item.waiters.extend(reservation.waiters or ())
+        else:
+            _answer(reservation)
+
+
+def _check(request: protocol.Reserve) -> None:
+    if request.parent and len(request.parent) != protocol.KEY_BYTES:
+        raise RefusalError(ErrorCode.BAD_REQUEST, f"parent: {len(request.parent)} bytes are not a key")
+    if request.rank >= request.ranks:
+        raise RefusalError(ErrorCode.BAD_REQUEST, f"rank {request.rank} of {request.ranks} ranks")
+    if not request.nbytes:
+        raise RefusalError(ErrorCode.BAD_REQUEST, "nbytes: an empty payload")
+
+
+def _answer(reservation: Reservation) -> None:
+    """Nothing can come of the reservation any more: removals of its key need not wait for it."""
+    for removal in reservation.waiters or ():
+        removal.settle()
+    reservation.waiters = None

@@ -160,6 +160,8 @@ class Client:
             more.get("tenant", 0),
             more.get("ttl_s", 0),
             more.get("pin_s", 0.0),
+            more.get("into", 0),
+            more.get("into_tier"),
         )
         reply = self.call(protocol.Reserve, b"".join(keys), *fields)
         if not isinstance(reply, protocol.Grants):
@@ -185,6 +187,7 @@ class Client:
                 nbytes=nbytes,
                 tokens=256,
                 ttl_s=more.get("ttl_s", 0),
+                is_copy="into" in more or "into_tier" in more,
             )
             self.outstanding[generation] = Write(said, self.world.memories[info.segment_id])
         return outcomes
@@ -274,8 +277,9 @@ class Reading:
 class Donation:
     """A segment and what its donor does for it."""
 
-    def __init__(self, donor: Client, memory: SegmentMemory, *, register: bool = True) -> None:
+    def __init__(self, donor: Client, memory: SegmentMemory, *, tier: Tier = Tier.DRAM, register: bool = True) -> None:
         self.donor = donor
+        self.tier = tier
         self.memory = memory
         self.incarnation = 1
         self.number = 0
@@ -300,7 +304,7 @@ class Donation:
         self.orders.clear()
         attached = [c.session for c in world.clients if c.is_alive and c.writes and c.host == self.donor.host]
         reply = self.donor.call(
-            protocol.RegisterSegment, self.memory.id, self.incarnation, Tier.DRAM, self.donor.device, self.memory.nbytes,
+            protocol.RegisterSegment, self.memory.id, self.incarnation, self.tier, self.donor.device, self.memory.nbytes,
             UNIT, len(self.memory.records), b"", self.donor.name, attached, self.remote, socket="background",
         )  # fmt: skip
         if isinstance(reply, protocol.Error):

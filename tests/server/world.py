@@ -69,9 +69,12 @@ class World:
     def unix(self, now: float) -> int:
         return int(now + self.wall_s)
 
-    def donor(self, name: str, *, records: int = 8, units: int = 8, **more: Any) -> Donation:
+    def donor(
+        self, name: str, *, records: int = 8, units: int = 8, tier: protocol.Tier = protocol.Tier.DRAM, **more: Any
+    ) -> Donation:
         """A donor with one registered segment."""
-        return Donation(Client(self, name, **more), SegmentMemory(f"m-{name}", records=records, units=units))
+        memory = SegmentMemory(f"m-{name}", records=records, units=units)
+        return Donation(Client(self, name, **more), memory, tier=tier)
 
     def deliver(self, socket: str, message: protocol.AnyRequest | bytes) -> None:
         self.dispatch(self.service.handle(socket.encode(), message, self.now))

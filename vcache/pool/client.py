@@ -41,6 +41,7 @@ from vcache.protocol import (
     Placements,
     SegmentInfo,
     ServerStats,
+    Tier,
 )
 
 __all__ = ["PLACEMENT_DTYPE", "Acquired", "Granted", "PlacementArray", "PoolClient"]
@@ -61,6 +62,7 @@ COUNTERS: Final = {
     "misfit_hits": "hits whose payload has another size or layout than the tensors asked for: not served",
     "unmapped_grants": "grants in segments that this process cannot map: given back",
     "refused_marks": "grants whose record was not free in memory: given back",
+    "lost_sources": "copies within the pool whose source had changed by their end: given back",
     "lost_writes": "writes whose record was no longer the writer's at the commit",
     "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
 }
@@ -195,8 +197,13 @@ class PoolClient:
         tenant: int,
         ttl_s: int = 0,
         pin_s: float = 0.0,
+        into: int = 0,
+        into_tier: Tier | None = None,
     ) -> Granted | None:
         """Space for one rank's shards of a run of chunks, whose first has ``parent`` before it (empty: none).
+
+        ``into``, ``into_tier``: for copies of what the pool has elsewhere, in the segment of this number, or of this tier and
+        host; see ``protocol.Reserve``.
 
         Every grant is the caller's to ``commit`` or ``abort``, and is outstanding until then. Keys beyond what a hello could
         name as outstanding are declined. ``None`` when the server is unavailable.
@@ -213,9 +220,8 @@ class PoolClient:
         def make(id_: int, session: bytes, term: int) -> protocol.Reserve:
             # Here, under the calls' lock: no other thread's grants can come between the count of room and the reply.
             asked = keys[: KEY_BYTES * max(1, self.session.room)]
-            sent.append(
-                protocol.Reserve(id_, session, term, asked, parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
-            )
+            of_run = (parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
+            sent.append(protocol.Reserve(id_, session, term, asked, *of_run, into, into_tier))
             return sent[0]
 
         return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))

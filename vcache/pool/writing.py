@@ -22,7 +22,7 @@ from vcache.pool.client import PLACEMENT_DTYPE, Granted, PlacementArray, PoolCli
 from vcache.pool.mappings import Use
 from vcache.pool.records import RunFields, key_words, pack
 from vcache.pool.segment import Segment
-from vcache.protocol import KEY_BYTES, Outcome
+from vcache.protocol import KEY_BYTES, Outcome, Tier
 
 if TYPE_CHECKING:
     from vcache.paged_kv import PagedKV
@@ -47,8 +47,13 @@ def begin_write(
     ttl_s: int = 0,
     pin_s: float = 0.0,
     layout: int = 0,
+    into: int = 0,
+    into_tier: Tier | None = None,
 ) -> PendingWrite:
     """Reserves space for those of ``keys`` that the pool has not, and marks their records. One round trip.
+
+    ``into`` (a segment's number), ``into_tier``: reserves for copies of those that the pool has, but not there; see
+    ``protocol.Reserve``. Check the source's records after the copy, and ``drop`` what was not valid, before ``complete``.
 
     ``parent``: the key before the first (empty: none); ``nbytes``: of each payload; ``tokens``: of each chunk; ``layout``:
     ``PagedKV.payload_layout`` of the planes, without which ``PendingRead.copy_to`` takes no payload. Never raises because
@@ -56,7 +61,7 @@ def begin_write(
     """
     write = PendingWrite(client, keys, parent, RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout), nbytes)
     if keys:
-        write.reserve(pin_s)
+        write.reserve(pin_s, into=into, into_tier=into_tier)
         try:
             write.mark()
         except BaseException:
@@ -96,7 +101,7 @@ class PendingWrite:
 
     # --- the steps ------------------------------------------------------------------------------------------------
 
-    def reserve(self, pin_s: float) -> None:
+    def reserve(self, pin_s: float, *, into: int = 0, into_tier: Tier | None = None) -> None:
         """Asks the server for space. What it grants in segments that cannot be mapped here is given back at once."""
         run = self._run
         granted = self._client.reserve(
@@ -109,6 +114,8 @@ class PendingWrite:
             tenant=run.tenant,
             ttl_s=run.ttl_s,
             pin_s=pin_s,
+            into=into,
+            into_tier=into_tier,
         )
         if granted is not None:
             self._map(granted)
@@ -145,6 +152,13 @@ class PendingWrite:
             if chunks.size:
                 copy_in(use.segment, chunks, self.placements["offset"][chunks].astype(np.int64))
         self._copied = True
+
+    def drop(self, which: npt.NDArray[np.bool_]) -> None:
+        """Gives back those of ``granted`` (a mask over it) whose source was no longer theirs after the copy.
+
+        No copy into them may be running any more. They leave ``granted`` and ``placements``.
+        """
+        self._give_back(which, "lost_sources")
 
     def commit_records(self) -> None:
         """Makes each payload valid, in memory."""
