@@ -1,0 +1,237 @@
+"""Opaque objects in the pool, by key: what both LMCache modes are made of.
+
+Every call is one round trip per run of keys, never raises because something is unavailable, and copies on the caller's thread.
+Not here: LMCache's interfaces, threads, which form an object has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from vcache.devices import checked_device, device_name
+from vcache.failures import FailureLog
+from vcache.keys import ChunkKey
+from vcache.log import configure
+from vcache.memory.allocation import allocate
+from vcache.pool.client import PoolClient
+from vcache.pool.donor import Donor
+from vcache.pool.reading import Int64Array, begin_read
+from vcache.pool.segment import Segment
+from vcache.pool.writing import begin_write
+from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, ServerStats
+from vcache_lmcache.options import LMCacheOptions
+
+logger: Final = logging.getLogger(__name__)
+
+#: Where the payload of the index-th key is to go, given its size and layout word; ``None``: it is of no use there.
+TargetOf = Callable[[int, int, int], torch.Tensor | None]
+#: A batch of reads goes on behind so many keys that were not there; it was looked up before, so one is rare.
+_MAX_GAPS: Final = 16
+
+
+@dataclass(frozen=True)
+class NewObject:
+    """What is to be stored. ``data``: uint8 ``[nbytes]``, unchanged until it is. Equal ``chain``: chunks of one prompt."""
+
+    key: ChunkKey
+    data: torch.Tensor
+    layout: int
+    tokens: int
+    tenant: int
+    chain: object = None
+
+    @property
+    def run(self) -> object:
+        """Objects that one call can reserve space for have this in common."""
+        return self.chain, self.data.numel(), self.layout, self.tokens, self.tenant
+
+
+class ObjectPool:
+    """A client of the pool, and the segment that this process may donate. Thread-safe.
+
+    Construction waits at most ``client.connect_timeout`` for the server. Raises ``ConfigError`` for a device that is none,
+    ``CapacityError`` when there is not as much memory as ``donate`` asks for.
+    """
+
+    def __init__(self, options: LMCacheOptions, *, role: str) -> None:
+        self.options = options
+        self.config = options.config
+        configure(self.config.log_level, role)
+        self.failures = FailureLog(logger)
+        device = checked_device(options.device)
+        self.client = PoolClient(self.config, device=device_name(device), writes=True, name=f"{role} pid {os.getpid()}")
+        self._donor: Donor | None = None
+        try:
+            if options.donate_bytes:
+                self._donor = self._donate(device, role)
+        except BaseException:
+            self.client.close()
+            raise
+        timeout_s = self.config.client.connect_timeout
+        if not self.client.wait_available(timeout_s):
+            logger.warning("no metadata server at %s yet; until there is one, nothing is found", self.config.endpoint)
+        elif self._donor is not None:
+            self._donor.wait_registered(timeout_s)
+
+    @property
+    def lock_s(self) -> float:
+        """How long a lease lasts that waits for LMCache to end it."""
+        return self.config.server.max_lease
+
+    def lookup(self, keys: Sequence[ChunkKey], *, leased: bool) -> tuple[int, int]:
+        """The length of the leading run that is there, and the lease on it (0: none was asked for or given)."""
+        hits = lease = 0
+        with self.failures.contained("lookup"):
+            for part in _parts(keys):
+                found = self.client.lookup(b"".join(part), self.lock_s if leased and not hits else 0.0)
+                hits += found.hits
+                lease = lease or found.lease
+                if found.hits < len(part):
+                    break
+        return hits, lease
+
+    def load(self, keys: Sequence[ChunkKey], target_of: TargetOf) -> list[bool]:
+        """Copies the payloads that are there; which of them were. Only where true may a target be used."""
+        loaded = [False] * len(keys)
+        at = gaps = 0
+        while at < len(keys) and gaps <= _MAX_GAPS and self.client.available:
+            at += self._load_run(keys, at, target_of, loaded)
+            gaps += 1
+            at += 1  # what ended the run is not there
+        return loaded
+
+    def store(self, objects: Sequence[NewObject]) -> list[Outcome]:
+        """Stores what the pool has not; ``GRANTED`` for what this call stored, ``DECLINED`` where it could not."""
+        outcomes: list[Outcome] = []
+        for run in _runs(objects):
+            outcomes += self._store_run(run)
+        return outcomes
+
+    def release(self, lease: int) -> None:
+        """Ends a lease. Does not wait."""
+        self.client.release(lease)
+
+    def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
+        """Keeps chunks from eviction; how many were there."""
+        with self.failures.contained("pin"):
+            return sum(self.client.pin(b"".join(part), pin_s) for part in _parts(keys))
+        return 0
+
+    def unpin(self, keys: Sequence[ChunkKey]) -> int:
+        """Ends pins; how many there were."""
+        with self.failures.contained("unpin"):
+            return sum(self.client.unpin(b"".join(part)) for part in _parts(keys))
+        return 0
+
+    def remove(self, keys: Sequence[ChunkKey]) -> int | None:
+        """Removes objects; how many. They are gone from memory when it returns; ``None`` when that could not be had in time."""
+        with self.failures.contained("remove"):
+            removed = [self.client.remove(b"".join(part)) for part in _parts(keys)]
+            return None if None in removed else sum(count or 0 for count in removed)
+        return None
+
+    def clear(self, tenant: int) -> int | None:
+        """Removes everything of a tenant; how many, as ``remove`` says it."""
+        with self.failures.contained("clear"):
+            return self.client.clear(tenant)
+        return None
+
+    def stats(self) -> ServerStats | None:
+        """The server's state; ``None`` when it does not answer."""
+        with self.failures.contained("stats"):
+            return self.client.stats()
+        return None
+
+    def close(self) -> None:
+        """Takes back what was donated and leaves the pool. No call may be under way. Harmless when called twice."""
+        if self._donor is not None:
+            self._donor.close()
+        self.client.close()
+
+    def _donate(self, device: torch.device, role: str) -> Donor:
+        segment_id = secrets.token_bytes(16)
+        memory = allocate(self.config, self.client.runtime, segment_id, self.options.donate_bytes, device=str(device))
+        try:
+            return Donor(self.config, self.client, memory, segment_id, label=role)
+        except BaseException:
+            memory.close()
+            raise
+
+    def _load_run(self, keys: Sequence[ChunkKey], at: int, target_of: TargetOf, loaded: list[bool]) -> int:
+        """Reads the run that begins at ``at``, noting in ``loaded`` what is valid; its length."""
+        part = keys[at : at + MAX_KEYS_PER_CALL]
+        valid = 0
+        fits = [False] * len(part)
+        with self.failures.contained("load"):
+            read = begin_read(self.client, part, 0)
+            sizes = read.placements["nbytes"].tolist()
+
+            def copy_out(source: Any, chunks: Int64Array, offsets: Int64Array) -> None:
+                if not isinstance(source, Segment):
+                    return  # of another host: what form it has is not known here
+                layouts = source.layouts(read.placements["record"][chunks].astype("int64")).tolist()
+                for chunk, offset, layout in zip(chunks.tolist(), offsets.tolist(), layouts, strict=True):
+                    target = target_of(at + chunk, sizes[chunk], layout)
+                    if target is not None:
+                        target.copy_(source.tensor[offset : offset + sizes[chunk]])
+                        fits[chunk] = True
+
+            try:
+                with torch.inference_mode():  # whoever maps a segment first, in that mode or not, it may be copied
+                    read.copy_with(copy_out)
+            finally:
+                valid = read.complete()
+        loaded[at : at + valid] = fits[:valid]
+        return valid
+
+    def _store_run(self, run: Sequence[NewObject]) -> list[Outcome]:
+        outcomes = [Outcome.DECLINED] * len(run)
+        with self.failures.contained("store"):
+            first = run[0]
+            write = begin_write(
+                self.client,
+                [new.key for new in run],
+                parent=b"",
+                rank=0,
+                ranks=1,
+                nbytes=first.data.numel(),
+                tokens=first.tokens,
+                tenant=first.tenant,
+                layout=first.layout,
+            )
+            granted = write.granted.tolist()
+
+            def copy_in(segment: Segment, chunks: Int64Array, offsets: Int64Array) -> None:
+                for chunk, offset in zip(chunks.tolist(), offsets.tolist(), strict=True):
+                    segment.tensor[offset : offset + write.nbytes].copy_(run[granted[chunk]].data)
+
+            try:
+                with torch.inference_mode():
+                    write.copy_with(copy_in)
+            finally:
+                write.complete()
+            if write.outcomes:
+                outcomes = write.outcomes
+        return outcomes
+
+
+def _runs(objects: Sequence[NewObject]) -> Iterator[Sequence[NewObject]]:
+    """Neighbours that one call can reserve space for."""
+    start = 0
+    for at in range(1, len(objects) + 1):
+        if at == len(objects) or at - start == MAX_KEYS_PER_CALL or objects[at].run != objects[start].run:
+            yield objects[start:at]
+            start = at
+
+
+def _parts(keys: Sequence[ChunkKey]) -> Iterator[Sequence[ChunkKey]]:
+    """``keys`` in as few calls as the protocol allows."""
+    for start in range(0, len(keys), MAX_KEYS_PER_CALL):
+        yield keys[start : start + MAX_KEYS_PER_CALL]

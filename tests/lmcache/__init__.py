@@ -1,0 +1,1 @@
+"""Tests of VCache under the real LMCache."""
