@@ -53,6 +53,7 @@ class EvictionConfig(Section):
     policy: Literal["lru"] = "lru"
     high_watermark: Fraction = 0.95
     low_watermark: Fraction = 0.90
+    demotion_timeout: Seconds = 10.0
 
 
 class CurveConfig(Section):

@@ -71,10 +71,11 @@ class Catalog:
         return entry is None or len(entry.shards) == ranks
 
     def offer(self, entry: Entry | None) -> None:
-        """Offers a whole leaf to the eviction policy."""
-        if entry is not None and not entry.children and not entry.missing:
+        """Offers what may go of a whole entry to the eviction policy."""
+        if entry is not None and not entry.missing:
             for placement in entry.placements():
-                self.policy.offer(placement)
+                if placement.may_go:
+                    self.policy.offer(placement)
 
     # --- entries go -----------------------------------------------------------------------------------------------
 
@@ -95,13 +96,15 @@ class Catalog:
     def discard_placement(self, placement: Placement) -> None:
         """Takes a placement out of its entry; the record stays as it is."""
         entry = placement.entry
+        if placement.segment.demoting:
+            placement.segment.stop_demoting(placement)
         parent = self.index.discard(placement)
         if entry.missing == len(entry.shards):
             self.incomplete.drop(entry.key)
             self.lifetimes.drop(entry.key)
-            self.offer(parent)
         elif entry.missing and entry.key not in self.incomplete:
             self.incomplete.set(entry.key, self.now + self.settings.incomplete_s)
+        self.offer(parent)
 
     def retire_record(self, item: Retiring, removal: Removal | None = None) -> bool:
         """*order retire*: the record's holder is gone; its donor is to retire it in memory. False: there is no need to."""

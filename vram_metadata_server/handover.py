@@ -85,6 +85,7 @@ class Registrar:
             data_offset=request.data_offset,
             record_count=request.records,
             waiting=waiting,
+            spills=request.spills,
         )
         catalog = self._catalog
         catalog.segments[segment.number] = self.gated[segment.number] = self._by_id[request.segment_id] = segment

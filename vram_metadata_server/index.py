@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from vcache.protocol import KEY_BYTES, PLACEMENT, ErrorCode
+from vcache.protocol import KEY_BYTES, PLACEMENT, ErrorCode, Tier
 from vram_metadata_server.refusal import RefusalError
 
 if TYPE_CHECKING:
@@ -63,6 +63,17 @@ class Placement(msgspec.Struct, gc=False, eq=False):
         _, _, _, offset, nbytes = PLACEMENT.unpack(self.packed)
         return offset, nbytes
 
+    @property
+    def may_go(self) -> bool:
+        """Whether no other chunk needs it as its forerunner: its entry is a leaf, or one in VRAM, or has this shard twice."""
+        entry = self.entry
+        if entry.children <= entry.leaving:
+            return True
+        if self.segment.info.tier is Tier.VRAM and entry.vram_children <= entry.leaving:
+            return True
+        first = entry.shards[self.rank]
+        return first is not None and first.next is not None
+
 
 class Entry(msgspec.Struct, gc=False, eq=False):
     """A chunk: its shards by rank, each a chain of placements (``Placement.next``)."""
@@ -73,6 +84,9 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     shards: tuple[Placement | None, ...]
     missing: int  # ranks without a placement; 0 = whole
     children: int  # entries and live reservations whose parent this is; 0 = a leaf
+    vram_children: int = 0  # entries whose parent this is that have a placement in VRAM; 0 = a leaf among what is there
+    in_vram: int = 0  # placements in VRAM, of all ranks
+    leaving: int = 0  # children that are being demoted
     holds: int = 0  # leases and pins: not a victim while there are any
     touched: int = 0  # the eviction policy's notion of time
     packed: bytes = b""  # of rank 0's only placement: what most acquires want, three cache misses nearer
@@ -94,6 +108,7 @@ class Index:
         self.partial: dict[bytes, Entry] = {}
         #: Children of chunks that have no entry (yet, or any more).
         self.orphans: dict[bytes, int] = {}
+        self.vram_orphans: dict[bytes, int] = {}
 
     def __len__(self) -> int:
         return len(self.whole) + len(self.partial)
@@ -126,7 +141,8 @@ class Index:
         above = self.get(parent)
         if above is not None:
             parent = above.key  # one object for all children
-        entry = Entry(key, parent, tenant, (None,) * ranks, ranks, self.orphans.pop(key, 0))
+        children, vram_children = self.orphans.pop(key, 0), self.vram_orphans.pop(key, 0)
+        entry = Entry(key, parent, tenant, (None,) * ranks, ranks, children, vram_children)
         self.partial[key] = entry
         self.add_child(parent)
         return entry
@@ -136,6 +152,10 @@ class Index:
         first = entry.shards[rank]
         placement = Placement(entry, segment, rank, packed, first)
         self._replace(entry, rank, placement)
+        if segment.info.tier is Tier.VRAM:
+            entry.in_vram += 1
+            if entry.in_vram == 1:
+                self._add_vram_child(entry.parent)
         if first is not None:
             return placement
         entry.missing -= 1
@@ -144,8 +164,16 @@ class Index:
         return placement
 
     def discard(self, placement: Placement) -> Entry | None:
-        """Takes a placement out; with its last one the entry goes too. Answers the parent that thereby became a leaf."""
+        """Takes a placement out; with its last one the entry goes too.
+
+        Answers the parent that thereby became a leaf, in VRAM or altogether.
+        """
         entry, rank = placement.entry, placement.rank
+        vram_leaf: Entry | None = None
+        if placement.segment.info.tier is Tier.VRAM:
+            entry.in_vram -= 1
+            if not entry.in_vram:
+                vram_leaf = self._drop_vram_child(entry.parent)
         chain = [other for other in copies_of(entry.shards[rank]) if other is not placement]
         first: Placement | None = None
         for other in reversed(chain):
@@ -153,16 +181,18 @@ class Index:
         placement.next = None
         self._replace(entry, rank, first)
         if first is not None:
-            return None
+            return vram_leaf
         if entry.missing == 0:
             self.partial[entry.key] = self.whole.pop(entry.key)
         entry.missing += 1
         if entry.missing < len(entry.shards):
-            return None
+            return vram_leaf
         del self.partial[entry.key]
         if entry.children:
             self.orphans[entry.key] = entry.children
-        return self.drop_child(entry.parent)
+        if entry.vram_children:
+            self.vram_orphans[entry.key] = entry.vram_children
+        return self.drop_child(entry.parent) or vram_leaf
 
     def _replace(self, entry: Entry, rank: int, first: Placement | None) -> None:
         entry.shards = (*entry.shards[:rank], first, *entry.shards[rank + 1 :])
@@ -186,12 +216,35 @@ class Index:
         if above is not None:
             above.children -= 1
             return None if above.children else above
-        left = self.orphans[parent] - 1
-        if left:
-            self.orphans[parent] = left
-        else:
-            del self.orphans[parent]
+        _count_down(self.orphans, parent)
         return None
+
+    def _add_vram_child(self, parent: bytes) -> None:
+        if not parent:
+            return
+        above = self.get(parent)
+        if above is not None:
+            above.vram_children += 1
+        else:
+            self.vram_orphans[parent] = self.vram_orphans.get(parent, 0) + 1
+
+    def _drop_vram_child(self, parent: bytes) -> Entry | None:
+        if not parent:
+            return None
+        above = self.get(parent)
+        if above is not None:
+            above.vram_children -= 1
+            return None if above.vram_children else above
+        _count_down(self.vram_orphans, parent)
+        return None
+
+
+def _count_down(counts: dict[bytes, int], name: bytes) -> None:
+    left = counts[name] - 1
+    if left:
+        counts[name] = left
+    else:
+        del counts[name]
 
 
 def copies_of(first: Placement | None) -> Iterator[Placement]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from vcache.protocol import MAX_ITEMS_PER_PAGE, Orders, RetireItem
+from vcache.protocol import MAX_ITEMS_PER_PAGE, DemoteItem, Orders, RetireItem
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.members import Members, Session
 
@@ -23,6 +23,7 @@ class OrderDesk:
         segments = self._catalog.segments
         room = MAX_ITEMS_PER_PAGE
         retire: list[tuple[int, list[RetireItem]]] = []
+        demote: list[tuple[int, list[DemoteItem]]] = []
         probe: set[bytes] = set()
         again: list[int] = []
         for number in session.segments:
@@ -35,25 +36,34 @@ class OrderDesk:
             if pending:
                 retire.append((number, pending))
                 room -= len(pending)
-            if len(pending) == len(segment.retiring):
+            sinking = list(islice(segment.demoting.values(), room))
+            if sinking:
+                demote.append((number, sinking))
+                room -= len(sinking)
+            if len(pending) == len(segment.retiring) and len(sinking) == len(segment.demoting):
                 segment.unsent.clear()
+                segment.undemoted.clear()
                 self._catalog.to_order.pop(segment, None)
         if session.segments:
             probe |= self._members.suspects(session.host)
         gone = [number for number in attached if number not in segments]
-        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again)
+        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again, demote)
 
     def pushes(self) -> Iterator[tuple[bytes, Orders]]:
         """Orders that came up since they were last asked for."""
         for segment in list(self._catalog.to_order):
             page = segment.unsent[:MAX_ITEMS_PER_PAGE]
             del segment.unsent[: len(page)]
-            if not segment.unsent:
+            sinking = segment.undemoted[:MAX_ITEMS_PER_PAGE]
+            del segment.undemoted[: len(sinking)]
+            if not segment.unsent and not segment.undemoted:
                 del self._catalog.to_order[segment]
             donor = self._members.get(segment.donor)
             again = [segment.number] if segment.gate is not None and segment.gate.wants_new_scan else []
-            if donor is not None and (page or again):
-                yield donor.route, Orders(0, self._term, [], [(segment.number, page)] if page else [], [], again)
+            if donor is not None and (page or again or sinking):
+                retire = [(segment.number, page)] if page else []
+                demote = [(segment.number, sinking)] if sinking else []
+                yield donor.route, Orders(0, self._term, [], retire, [], again, demote)
 
     def probes(self, host: bytes) -> Iterator[tuple[bytes, Orders]]:
         """Asks the donors of a host to prove its suspects dead, without waiting for their heartbeats."""
@@ -61,4 +71,4 @@ class OrderDesk:
         if suspects:
             for session in self._members:
                 if session.host == host and session.segments and not session.is_silent:
-                    yield session.route, Orders(0, self._term, [], [], suspects, [])
+                    yield session.route, Orders(0, self._term, [], [], suspects, [], [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from vcache.protocol import SegmentStats, ServerStats
+from vcache.protocol import SegmentStats, ServerStats, Tier
 from vram_metadata_server.index import Entry, Placement, copies_of
 from vram_metadata_server.segments import Segment
 
@@ -61,6 +61,7 @@ def check_integrity(service: Service) -> None:
     service.pins.check_integrity(catalog.now)
     _check_entries(service)
     _check_children(service)
+    service.demotions.check_integrity()
     holds: Counter[int] = Counter()
     for lease in service.leases:
         holds.update(id(entry) for entry in lease.run)
@@ -109,12 +110,19 @@ def _check_placements(entry: Entry) -> None:
 def _check_children(service: Service) -> None:
     index = service.catalog.index
     children: Counter[bytes] = Counter()
+    vram_children: Counter[bytes] = Counter()
     for entry in [*index.whole.values(), *index.partial.values()]:
         children[entry.parent] += 1
+        in_vram = sum(placement.segment.info.tier is Tier.VRAM for placement in entry.placements())
+        assert entry.in_vram == in_vram, "an entry's count of placements in VRAM is wrong"
+        vram_children[entry.parent] += bool(in_vram)
     for reservation in service.catalog.reservations:
         if reservation.live:
             children[reservation.parent] += 1
     del children[b""]
+    del vram_children[b""]
     for entry in [*index.whole.values(), *index.partial.values()]:
         assert entry.children == children.pop(entry.key, 0), "an entry's count of children is wrong"
+        assert entry.vram_children == vram_children.pop(entry.key, 0), "an entry's count of children in VRAM is wrong"
     assert dict(children) == index.orphans
+    assert +vram_children == index.vram_orphans

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from vcache.protocol import RetireItem, SegmentInfo
+from vcache.protocol import DemoteItem, Destination, RetireItem, SegmentInfo
 from vram_metadata_server.allocator import ExtentAllocator, round_up
 from vram_metadata_server.index import Placement
 from vram_metadata_server.reservations import Reservation
@@ -88,7 +88,14 @@ class Segment:
     """One incarnation of a segment in one term."""
 
     def __init__(
-        self, info: SegmentInfo, *, donor: bytes, data_offset: int, record_count: int, waiting: set[bytes]
+        self,
+        info: SegmentInfo,
+        *,
+        donor: bytes,
+        data_offset: int,
+        record_count: int,
+        waiting: set[bytes],
+        spills: bool = False,
     ) -> None:
         self.info = info
         self.number = info.number
@@ -104,6 +111,10 @@ class Segment:
         self.retiring: dict[int, Retiring] = {}
         self.retiring_bytes = 0
         self.unsent: list[RetireItem] = []  # of ``retiring``: not yet ordered
+        self.spills = spills  # its donor writes to the store
+        self.demoting: dict[int, DemoteItem] = {}  # placements that are being copied to the tier below, by generation
+        self.demoting_bytes = 0
+        self.undemoted: list[DemoteItem] = []  # of ``demoting``: not yet ordered
 
     @property
     def is_readable(self) -> bool:
@@ -123,8 +134,23 @@ class Segment:
         """Records of placements and reservations."""
         return self.records_used - len(self.retiring)
 
+    @property
+    def staying_bytes(self) -> int:
+        """``used_bytes`` without what is being demoted."""
+        return self.used_bytes - self.demoting_bytes
+
+    @property
+    def staying_records(self) -> int:
+        """``kept_records`` without those that are being demoted."""
+        return self.kept_records - len(self.demoting)
+
     def holder(self, record: int) -> Holder | None:
         return self.records[record] if record < len(self.records) else None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether ``allocate`` would find a record and an extent."""
+        has_record = bool(self._free_records) or len(self.records) < self.record_count
+        return has_record and self.space is not None and self.space.largest_free_bytes >= nbytes
 
     def allocate(self, nbytes: int) -> tuple[int, int] | None:
         """A record and an offset, taken; None when there is no record or no extent. The caller sets the holder."""
@@ -169,6 +195,18 @@ class Segment:
         elif self.gate is not None:
             self.gate.retired.add(item.generation)
 
+    def demote(self, placement: Placement, destination: Destination) -> None:
+        """Its donor is to copy the placement's payload to the tier below; until then it stays what it is."""
+        item = DemoteItem(placement.record, placement.generation, destination)
+        self.demoting[item.generation] = item
+        self.demoting_bytes += round_up(placement.extent[1])
+        self.undemoted.append(item)
+
+    def stop_demoting(self, placement: Placement) -> None:
+        """The copy is done, given up, or needed no more. Harmless for a placement that is not being demoted."""
+        if self.demoting.pop(placement.generation, None) is not None:
+            self.demoting_bytes -= round_up(placement.extent[1])
+
     def open(self) -> None:
         """Opens the gate: from here on it grants. Raises ``OverlapError`` when extents in use share bytes."""
         used = [extent_of(holder) for holder in self.records if holder is not None]
@@ -185,6 +223,9 @@ class Segment:
         assert len(held) == self.records_used
         assert {item.record: item for item in held if isinstance(item, Retiring)} == self.retiring
         assert sum(round_up(item.nbytes) for item in self.retiring.values()) == self.retiring_bytes
+        demoted = [holder for holder in held if isinstance(holder, Placement) and holder.generation in self.demoting]
+        assert len(demoted) == len(self.demoting), "what is being demoted is not there"
+        assert sum(round_up(holder.extent[1]) for holder in demoted) == self.demoting_bytes
         if self.space is None:
             return
         self.space.check_integrity()

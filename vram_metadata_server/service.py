@@ -7,6 +7,7 @@ recipient is the opaque name of a socket; who asks is in the request (session an
     removes.py    removals, answered when gone from memory            handover.py  registration, rebuild, the grant gate
     orders.py     what donors are to do                               members.py   sessions and liveness
     catalog.py    entries and segments, retiring                      tombstones.py  drop and clear at once, sweep later
+    demotions.py  what becomes of victims
 
 Each part names the steps of the protocol's model (``tests/model``) that it takes.
 """
@@ -24,6 +25,7 @@ from vcache.protocol import Done, Error, ErrorCode, Hits, Orders, Placements, Re
 from vram_metadata_server import report
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.counters import Counters
+from vram_metadata_server.demotions import Demotions
 from vram_metadata_server.eviction.policies import POLICIES
 from vram_metadata_server.handover import Registrar
 from vram_metadata_server.intake import answer_id
@@ -66,6 +68,7 @@ class Service:
         self.registrar = Registrar(self.catalog, self.tombstones, self.writes, self.members, wall_s)
         self.removes = Removes(self.catalog, self.tombstones, self.writes, self.registrar)
         self.reads = Reads(self.catalog, self.tombstones, self.leases, self.pins)
+        self.demotions = Demotions(self.catalog)
         self.desk = OrderDesk(self.catalog, self.members, term)
         self._started: float | None = None
         self._draining: list[tuple[Segment, bytes, int, int]] = []  # and who is to be told, once leases before it ended
@@ -75,6 +78,7 @@ class Service:
             protocol.RegisterSegment: self._register,
             protocol.Handover: self._handover,
             protocol.Retired: self._retired,
+            protocol.Demoted: self._demoted,
             protocol.DrainSegment: self._drain,
             protocol.Lookup: self._lookup,
             protocol.Acquire: self._acquire,
@@ -222,6 +226,9 @@ class Service:
         segment = self.registrar.segment_of(session, request.number)
         return Done(request.id, self.catalog.retired(segment, request.items))
 
+    def _demoted(self, session: Session, sender: bytes, request: protocol.Demoted) -> None:
+        self.demotions.demoted(self.registrar.segment_of(session, request.number), request)
+
     def _drain(self, session: Session, sender: bytes, request: protocol.DrainSegment) -> None:
         segment = self.registrar.segment_of(session, request.number)
         self.registrar.drain(segment)
@@ -296,8 +303,8 @@ class Service:
                 out.extend(self._went_silent(session))
         self.tombstones.sweep(self.settings.sweep_batch)
         for victim in catalog.pressure.victims(self.settings.eviction_batch):
-            counters["evicted"] += 1
-            catalog.retire_entry(victim.entry)
+            self.demotions.evict(victim)
+        self.demotions.tick(now)
         self._finish_drains(out)
         for session in self.members.suspected():
             if not self._is_needed(session):

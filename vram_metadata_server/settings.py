@@ -25,6 +25,7 @@ class ServiceSettings:
     eviction_policy: EvictionPolicyName = "lru"
     high_watermark: float = 0.95
     low_watermark: float = 0.90
+    demotion_s: float = 10.0
     max_message_bytes: int = 4 << 20
     #: Records looked at, and entries evicted, in one tick: what bounds a tick's time.
     sweep_batch: int = 2048
@@ -43,5 +44,6 @@ class ServiceSettings:
             eviction_policy=server.eviction.policy,
             high_watermark=server.eviction.high_watermark,
             low_watermark=server.eviction.low_watermark,
+            demotion_s=server.eviction.demotion_timeout,
             max_message_bytes=server.max_message_bytes,
         )

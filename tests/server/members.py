@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.server.memory import UNIT, Record, SegmentMemory, key
 from vcache import protocol
-from vcache.protocol import PLACEMENT, ErrorCode, Outcome, RecordInfo, Tier
+from vcache.protocol import PLACEMENT, Destination, ErrorCode, Outcome, RecordInfo, Tier
 
 if TYPE_CHECKING:
     from tests.server.world import World
@@ -126,6 +126,10 @@ class Client:
             for donation in self.donations:
                 if donation.number == number and orders.term == self.term:
                     donation.orders.extend(items)
+        for number, sinking in orders.demote:
+            for donation in self.donations:
+                if donation.number == number and orders.term == self.term:
+                    donation.sinking |= {item.generation: item for item in sinking}
 
     def learn(self, infos: list[protocol.SegmentInfo]) -> None:
         self.infos |= {info.number: info for info in infos}
@@ -277,13 +281,24 @@ class Reading:
 class Donation:
     """A segment and what its donor does for it."""
 
-    def __init__(self, donor: Client, memory: SegmentMemory, *, tier: Tier = Tier.DRAM, register: bool = True) -> None:
+    def __init__(
+        self,
+        donor: Client,
+        memory: SegmentMemory,
+        *,
+        tier: Tier = Tier.DRAM,
+        spills: bool = False,
+        register: bool = True,
+    ) -> None:
         self.donor = donor
         self.tier = tier
+        self.spills = spills
         self.memory = memory
         self.incarnation = 1
         self.number = 0
         self.orders: list[protocol.RetireItem] = []
+        self.sinking: dict[int, protocol.DemoteItem] = {}  # ordered to be demoted, by generation
+        self.copying: list[tuple[protocol.DemoteItem, Write]] = []  # reserved, not yet committed
         self.to_hand_over: list[RecordInfo] | None = None  # None: handed over
         self.is_to_register = False
         self.remote = b""  # how other hosts read it
@@ -302,10 +317,12 @@ class Donation:
                 if record.generation % 2 == 0:
                     self.memory.records[at] = Record()
         self.orders.clear()
+        self.sinking.clear()
         attached = [c.session for c in world.clients if c.is_alive and c.writes and c.host == self.donor.host]
         reply = self.donor.call(
             protocol.RegisterSegment, self.memory.id, self.incarnation, self.tier, self.donor.device, self.memory.nbytes,
-            UNIT, len(self.memory.records), b"", self.donor.name, attached, self.remote, socket="background",
+            UNIT, len(self.memory.records), b"", self.donor.name, attached, self.remote, self.spills,
+            socket="background",
         )  # fmt: skip
         if isinstance(reply, protocol.Error):
             if reply.code is ErrorCode.UNKNOWN_SEGMENT:
@@ -342,6 +359,65 @@ class Donation:
             self.memory.retire(item.record, item.generation)
         if items:
             self.donor.call(protocol.Retired, self.number, items, socket="background")
+
+    def demote(self) -> None:
+        """Carries out all orders to demote, as far as there is room below."""
+        while self.sinking:
+            self.begin_demotion()
+        while self.copying:
+            self.finish_demotion()
+        self.donor.flush()
+
+    def begin_demotion(self) -> None:
+        """Reserves a copy of the first record ordered to be demoted (or has it stored), and marks it."""
+        if not self.sinking:
+            return
+        item = self.sinking.pop(next(iter(self.sinking)))
+        record = self.memory.records[item.record]
+        if record.generation != item.generation:
+            self.donor.post(protocol.Demoted, self.number, [], [item.generation])
+        elif item.destination is Destination.STORE:
+            self.donor.world.store.add((record.key, record.rank))
+            self.donor.post(protocol.Demoted, self.number, [item.generation], [])
+        else:
+            self._reserve_copy(item, record)
+
+    def _reserve_copy(self, item: protocol.DemoteItem, record: Record) -> None:
+        donor = self.donor
+        before = set(donor.outstanding)
+        ttl_s = max(1, record.expires_s - donor.world.unix(donor.world.now)) if record.expires_s else 0
+        outcomes = donor.reserve(
+            [record.key], parent=record.parent, rank=record.rank, ranks=record.ranks, units=record.nbytes // UNIT,
+            tenant=record.tenant, ttl_s=ttl_s, into_tier=Tier.DRAM,
+        )  # fmt: skip
+        if outcomes == [Outcome.GRANTED]:
+            (generation,) = set(donor.outstanding) - before
+            self.copying.append((item, donor.outstanding[generation]))
+            donor.advance(donor.outstanding[generation])
+        elif outcomes == [Outcome.EXISTS]:
+            donor.post(protocol.Demoted, self.number, [item.generation], [])
+        elif outcomes == [Outcome.DECLINED]:
+            donor.post(protocol.Demoted, self.number, [], [item.generation])
+
+    def finish_demotion(self) -> None:
+        """Copies the first payload that has space below; if its source is still what it was, commits the copy and says so."""
+        if not self.copying:
+            return
+        item, write = self.copying.pop(0)
+        donor, source = self.donor, self.memory.records[item.record]
+        if write.said.generation not in donor.outstanding or write.step != "marked":
+            return
+        begin = self.memory.units_of(source.offset, source.nbytes or UNIT)[0]
+        for unit in write.memory.units_of(write.said.offset, write.said.nbytes):
+            write.memory.cells[unit] = self.memory.cells[begin]
+        write.step = "written"
+        if (source.generation, source.key) != (item.generation, write.said.key):
+            donor.abort(write)
+            donor.post(protocol.Demoted, self.number, [], [item.generation])
+            return
+        donor.advance(write)
+        donor.advance(write)
+        donor.post(protocol.Demoted, self.number, [item.generation], [])
 
     def leave(self) -> None:
         """The donor is no more."""

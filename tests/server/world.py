@@ -64,17 +64,25 @@ class World:
         self.gone_memories: dict[bytes, SegmentMemory] = {}
         self.memories = _Memories(self.gone_memories)
         self.probes: dict[str, set[bytes]] = {}
+        self.store: set[tuple[bytes, int]] = set()  # shards that donors wrote to the store below
         self.service = Service(settings, term=1, wall_s=self.wall_s)
 
     def unix(self, now: float) -> int:
         return int(now + self.wall_s)
 
     def donor(
-        self, name: str, *, records: int = 8, units: int = 8, tier: protocol.Tier = protocol.Tier.DRAM, **more: Any
+        self,
+        name: str,
+        *,
+        records: int = 8,
+        units: int = 8,
+        tier: protocol.Tier = protocol.Tier.DRAM,
+        spills: bool = False,
+        **more: Any,
     ) -> Donation:
         """A donor with one registered segment."""
         memory = SegmentMemory(f"m-{name}", records=records, units=units)
-        return Donation(Client(self, name, **more), memory, tier=tier)
+        return Donation(Client(self, name, **more), memory, tier=tier, spills=spills)
 
     def deliver(self, socket: str, message: protocol.AnyRequest | bytes) -> None:
         self.dispatch(self.service.handle(socket.encode(), message, self.now))
@@ -101,8 +109,9 @@ class World:
                     client.flush()
                     for donation in client.donations:
                         donation.obey()
+                        donation.demote()
             self.tick(drained=False)
-            if not self.service.has_work and not any(d.orders for c in self.clients for d in c.donations):
+            if not self.service.has_work and not any(d.orders or d.sinking for c in self.clients for d in c.donations):
                 break
 
     def pass_time(self, seconds: float, *, beat_s: float = 1.0) -> None:

@@ -43,6 +43,13 @@ class Tier(IntEnum):
     DRAM = 1
 
 
+class Destination(IntEnum):
+    """Where a demoted payload goes."""
+
+    DRAM = 0  # a segment of tier DRAM on the same host
+    STORE = 1  # the store below the pool
+
+
 class Outcome(IntEnum):
     """What became of one key of a ``Reserve``; one byte each in ``Grants.outcomes``."""
 
@@ -134,3 +141,11 @@ class RetireItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     record: U32
     generation: U63
+
+
+class DemoteItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A committed record whose payload is to be copied to the tier below before it goes."""
+
+    record: U32
+    generation: U63
+    destination: Destination

@@ -6,6 +6,7 @@ import msgspec
 
 from vcache.protocol.fields import (
     U63,
+    DemoteItem,
     ErrorCode,
     Message,
     RetireItem,
@@ -32,6 +33,8 @@ class Orders(Message, tag=65):
     register_again: list[
         int
     ]  # segments to register (same incarnation), scan and hand over once more: see RegisterSegment
+    #: (segment number, records) for this donor to copy to the tier below, see ``Demoted``.
+    demote: list[tuple[int, list[DemoteItem]]]
 
 
 class Registered(Message, tag=66):

@@ -88,6 +88,7 @@ class RegisterSegment(Request, tag=4):
     label: Label
     attached: Sessions
     remote: Announced = b""  # said again with another value, readers are told of the new one
+    spills: bool = False  # whether its donor writes to the store what it is ordered to
 
 
 class Handover(Request, tag=5):
@@ -210,6 +211,18 @@ class Stats(Request, tag=19):
     """Asks for the server's state. Needs no session: ``session`` and ``term`` may be zeros."""
 
 
+class Demoted(Request, tag=20):
+    """A donor carried out an order to demote (one-way, by the socket of its commits: a copy's ``Commit`` comes before it).
+
+    ``done``: generations whose payload lies below now; the server retires their records, in its own time. ``failed``: those it
+    could not demote, or that were no longer there. It goes on trying what is in neither for as long as it is ordered to.
+    """
+
+    number: U32
+    done: Generations
+    failed: Generations
+
+
 AnyRequest = (
     Hello
     | Heartbeat
@@ -230,7 +243,8 @@ AnyRequest = (
     | Remove
     | Clear
     | Stats
+    | Demoted
 )
 
 #: Requests that never get a reply, not even an error.
-ONE_WAY: Final = (Release, Commit, Abort, Touch)
+ONE_WAY: Final = (Release, Commit, Abort, Touch, Demoted)

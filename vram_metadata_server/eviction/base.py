@@ -2,8 +2,9 @@
 
 The server says what happens (a run was used, a placement may now go), the policy says which placement of a segment goes
 next. Leaves go before their prefixes: a prefix without its children is still useful, children without their prefix are
-not. So the server offers a placement when its entry is, or becomes, a whole leaf, and the policy chooses among the
-offered ones. A policy is asked for one segment at a time; evicting an entry takes all its placements, of all ranks.
+not. So the server offers a placement when it may go (``Placement.may_go``), and the policy chooses among the offered ones.
+In VRAM a leaf is a chunk without children in VRAM: its children may have been demoted before it. A policy is asked for one
+segment at a time; what becomes of the chunk, its other ranks' shards among it, is not its business.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class EvictionPolicy(Protocol):
         """These entries were used together, in this order (a run of a prompt: each but the first is its forerunner's child)."""
 
     def offer(self, placement: Placement) -> None:
-        """The placement's entry is a whole leaf now. May be said again of the same placement."""
+        """The placement may go now; its entry is whole. May be said again of the same placement."""
 
     def choose(self, segment: Segment) -> Placement | None:
-        """The placement of this segment that goes next, no longer offered; its entry is a whole leaf without holds.
+        """The placement of this segment that goes next, no longer offered; it may go, its entry is whole and has no holds.
 
         None when there is none, or none was found within a bounded amount of work (the caller tries again later). The
-        caller evicts the entry at once.
+        caller evicts it, or has it demoted, at once.
         """
 
     def forget(self, segment: Segment) -> None:

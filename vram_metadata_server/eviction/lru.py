@@ -68,8 +68,8 @@ class LeafLRU:
             record = item & _RECORD_MASK
             leaves.queued[record] = 0
             holder = segment.holder(record)
-            if not isinstance(holder, Placement) or holder.entry.children or holder.entry.missing:
-                continue  # offered again when it becomes a leaf
+            if not isinstance(holder, Placement) or holder.entry.missing or not holder.may_go:
+                continue  # offered again when it may
             entry = holder.entry
             if entry.holds:
                 leaves.push(record, begin)  # in use now; comes up again after all that are not

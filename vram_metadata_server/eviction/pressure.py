@@ -34,7 +34,7 @@ class Pressure:
         if segment.space is None or segment in self.targets:
             return
         total = segment.space.total_bytes
-        if segment.used_bytes > self._high * total or segment.kept_records > self._high * segment.record_count:
+        if segment.staying_bytes > self._high * total or segment.staying_records > self._high * segment.record_count:
             self.targets[segment] = (int(self._low * total), int(self._low * segment.record_count))
 
     def nudge(self, segment: Segment, nbytes: int) -> None:
@@ -45,23 +45,23 @@ class Pressure:
         room = max(int(total * _NUDGE_FRACTION), nbytes * _NUDGE_WRITES)
         records = max(int(segment.record_count * _NUDGE_FRACTION), _NUDGE_WRITES)
         wanted = (
-            max(0, min(int(self._low * total), segment.used_bytes - room)),
-            max(0, min(int(self._low * segment.record_count), segment.kept_records - records)),
+            max(0, min(int(self._low * total), segment.staying_bytes - room)),
+            max(0, min(int(self._low * segment.record_count), segment.staying_records - records)),
         )
-        if segment.retiring and segment.retiring_bytes >= room:
+        if segment.retiring_bytes + segment.demoting_bytes >= room:
             return  # room is already being made
         known = self.targets.get(segment, wanted)
         self.targets[segment] = (min(known[0], wanted[0]), min(known[1], wanted[1]))
 
     def victims(self, most: int) -> Iterator[Placement]:
-        """Up to ``most`` placements to evict; the caller evicts each one's entry before it asks for the next.
+        """Up to ``most`` placements to evict or demote; the caller begins that with each before it asks for the next.
 
         A segment in which nothing may go now is left alone until the next check or nudge.
         """
         for segment in list(self.targets):
             while segment.state is SegmentState.SERVING:
                 used_bytes, records = self.targets[segment]
-                if segment.used_bytes <= used_bytes and segment.kept_records <= records:
+                if segment.staying_bytes <= used_bytes and segment.staying_records <= records:
                     break
                 if most <= 0:
                     return

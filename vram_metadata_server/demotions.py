@@ -1,0 +1,228 @@
+"""What eviction does with a victim: nothing is lost that the tier below can take.
+
+A victim whose shard lies twice on its host just goes. Another is *demoted*: its donor is ordered to copy the payload to a
+segment of tier DRAM on its host, or to the store, and it is served from where it is until the copy is committed. It goes when
+the donor says so, if nobody has taken a lease on it meanwhile. What cannot be demoted, or was not by a deadline, is dropped.
+A chunk's ranks go together.
+
+Steps of the protocol's model (``tests/model``): *demote*, *demoted*. A server that restarts in between finds two placements,
+or one, in the donors' records, and begins anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+
+import msgspec
+
+from vcache.protocol import Demoted, Destination, Tier
+from vram_metadata_server.catalog import Catalog, key_text
+from vram_metadata_server.index import Entry, Placement, copies_of
+from vram_metadata_server.segments import Segment, SegmentState
+
+log = logging.getLogger(__name__)
+
+
+class Demotion(msgspec.Struct, eq=False):
+    """One chunk on its way down. A placement is pending while its segment's ``demoting`` has it."""
+
+    entry: Entry
+    placements: list[Placement]
+    destination: Destination
+    deadline: float
+    parent: Entry | None  # follows without waiting for the copy
+    failed: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        return any(is_demoting(placement) for placement in self.placements)
+
+
+class Demotions:
+    """All chunks that are being demoted."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._under_way: dict[int, Demotion] = {}  # by each generation ordered
+        self._by_deadline: dict[int, Demotion] = {}  # by the first of its generations
+        self._dram: dict[bytes, list[Segment]] = {}  # segments of tier DRAM by host ...
+        self._dram_version = -1  # ... as of this version of the set of segments
+
+    def __len__(self) -> int:
+        return len(self._by_deadline)
+
+    def evict(self, victim: Placement) -> None:
+        """*evict* or *demote*: the victim leaves its segment, now or once it lies below."""
+        if is_demoting(victim):
+            return  # offered once more meanwhile; its turn comes when the copy is done
+        catalog = self._catalog
+        if _has_copy(victim, on_host=True):
+            catalog.counters["copies_evicted"] += 1
+            catalog.retire_placement(victim)
+            return
+        entry = victim.entry
+        if victim.segment.info.tier is Tier.VRAM:
+            going = [
+                each for each in entry.placements() if _is_beside(each, victim) and not _has_copy(each, on_host=True)
+            ]
+            if all(self._has_room_below(each) for each in going):
+                self._begin(entry, going, Destination.DRAM)
+                return
+        last = [first for first in entry.shards if first is not None]
+        if victim in last and all(first.segment.spills and first.segment.is_readable for first in last):
+            self._begin(entry, last, Destination.STORE)
+        else:
+            self._drop(victim)
+
+    def demoted(self, segment: Segment, request: Demoted) -> None:
+        """*demoted*: what a donor says of its orders. A copy counts only once its commit has been told."""
+        for generation in request.done:
+            placement = self._placement(segment, generation)
+            if placement is not None:
+                is_stored = self._under_way[generation].destination is Destination.STORE
+                if is_stored or _has_copy(placement, on_host=True):
+                    self._settle(placement)
+        for generation in request.failed:
+            placement = self._placement(segment, generation)
+            if placement is not None:
+                self._under_way[generation].failed = True
+                self._settle(placement)
+
+    def tick(self, now: float) -> None:
+        """Ends the demotions whose deadline has passed, or that need not be told of any more."""
+        while self._by_deadline:
+            demotion = next(iter(self._by_deadline.values()))
+            if demotion.is_pending and demotion.deadline > now:
+                break
+            self._end(demotion)
+
+    # --- one demotion ---------------------------------------------------------------------------------------------
+
+    def _begin(self, entry: Entry, placements: list[Placement], destination: Destination) -> None:
+        catalog = self._catalog
+        parent = catalog.index.get(entry.parent)
+        demotion = Demotion(entry, placements, destination, catalog.now + catalog.settings.demotion_s, parent)
+        self._by_deadline[placements[0].generation] = demotion
+        for placement in placements:
+            placement.segment.demote(placement, destination)
+            self._under_way[placement.generation] = demotion
+            catalog.to_order[placement.segment] = None
+        if parent is not None:
+            parent.leaving += 1
+            catalog.offer(parent)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("demote %s: to %s", key_text(entry.key), destination.name)
+
+    def _placement(self, segment: Segment, generation: int) -> Placement | None:
+        """The placement that is being demoted; None when that is over."""
+        item = segment.demoting.get(generation)
+        holder = segment.holder(item.record) if item is not None else None
+        return holder if isinstance(holder, Placement) else None
+
+    def _settle(self, placement: Placement) -> None:
+        demotion = self._under_way[placement.generation]
+        placement.segment.stop_demoting(placement)
+        if not demotion.is_pending:
+            self._end(demotion)
+
+    def _end(self, demotion: Demotion) -> None:
+        """The chunk leaves, unless it is in use, or gone already."""
+        del self._by_deadline[demotion.placements[0].generation]
+        is_late = demotion.is_pending
+        for placement in demotion.placements:
+            placement.segment.stop_demoting(placement)
+            del self._under_way[placement.generation]
+        if demotion.parent is not None:
+            demotion.parent.leaving -= 1
+        left = [placement for placement in demotion.placements if _is_there(placement)]
+        if not left:
+            return
+        catalog = self._catalog
+        outcome = "demoted" if demotion.destination is Destination.DRAM else "spilled"
+        if is_late or demotion.failed:
+            outcome = "demotion_timed_out" if is_late else "demotion_failed"
+        catalog.counters[outcome] += 1
+        for placement in left:
+            if not _is_there(placement):
+                continue  # its chunk was dropped
+            if demotion.entry.holds:
+                catalog.policy.offer(placement)
+            elif _has_copy(placement, on_host=True):
+                catalog.retire_placement(placement)
+            elif outcome == "demoted":  # the copy went in the meantime
+                catalog.policy.offer(placement)
+            else:
+                self._drop(placement)
+        for placement in left:
+            catalog.pressure.check(placement.segment)
+
+    def _drop(self, victim: Placement) -> None:
+        """The victim goes; without it the chunk is not whole, so everything of it goes, unless another host has a copy."""
+        catalog = self._catalog
+        if _has_copy(victim, on_host=False):
+            catalog.counters["copies_evicted"] += 1
+            catalog.retire_placement(victim)
+        else:
+            catalog.counters["evicted"] += 1
+            catalog.retire_entry(victim.entry)
+
+    def _has_room_below(self, placement: Placement) -> bool:
+        """Whether its host has a segment that can take it, now or (it is told to make room) soon."""
+        nbytes = placement.extent[1]
+        below = [
+            segment
+            for segment in self._dram_of(placement.segment.info.host)
+            if segment.state is SegmentState.SERVING and segment.data_bytes >= nbytes
+        ]
+        if below and not any(segment.has_room(nbytes) for segment in below):
+            self._catalog.pressure.nudge(below[0], nbytes)
+        return bool(below)
+
+    def _dram_of(self, host: bytes) -> list[Segment]:
+        catalog = self._catalog
+        if self._dram_version != catalog.segments_version:
+            by_host: defaultdict[bytes, list[Segment]] = defaultdict(list)
+            for segment in catalog.segments.values():
+                if segment.info.tier is Tier.DRAM:
+                    by_host[segment.info.host].append(segment)
+            self._dram, self._dram_version = dict(by_host), catalog.segments_version
+        return self._dram.get(host, [])
+
+    def check_integrity(self) -> None:
+        """Raises ``AssertionError`` unless what is ordered and what is under way agree."""
+        leaving = Counter(id(demotion.parent) for demotion in self._by_deadline.values())
+        for entry in [*self._catalog.index.whole.values(), *self._catalog.index.partial.values()]:
+            assert entry.leaving == leaving[id(entry)], "an entry's count of children on their way down is wrong"
+        assert {g for demotion in self._by_deadline.values() for g in _generations(demotion)} == set(self._under_way)
+        for segment in self._catalog.segments.values():
+            assert set(segment.demoting) <= set(self._under_way), "demoted on nobody's behalf"
+
+
+def is_demoting(placement: Placement) -> bool:
+    """Whether its payload is being copied to the tier below."""
+    demoting = placement.segment.demoting
+    return bool(demoting) and placement.generation in demoting
+
+
+def _is_beside(other: Placement, victim: Placement) -> bool:
+    """Whether both lie in the same tier of the same host."""
+    one, two = other.segment.info, victim.segment.info
+    return one.tier is two.tier and one.host == two.host
+
+
+def _generations(demotion: Demotion) -> list[int]:
+    return [placement.generation for placement in demotion.placements]
+
+
+def _is_there(placement: Placement) -> bool:
+    return placement.segment.is_readable and placement.segment.holder(placement.record) is placement
+
+
+def _has_copy(placement: Placement, *, on_host: bool) -> bool:
+    """Whether the pool has the shard elsewhere, ``on_host``: on the same host."""
+    host = placement.segment.info.host
+    return any(
+        other is not placement and other.segment.is_readable and (not on_host or other.segment.info.host == host)
+        for other in copies_of(placement.entry.shards[placement.rank])
+    )
