@@ -20,7 +20,7 @@ BlockIds = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Chunks to be loaded for one request before this step's forward pass.
+    """Chunks to be loaded for one request.
 
     ``blocks[i, j]`` takes the j-th block of chunk ``i``. The first ``kept`` blocks of the first chunk are there already (a
     local hit, perhaps shared with others) and must not be touched; there is then a second chunk. ``keys`` is empty for an
@@ -46,23 +46,31 @@ class StoreOrder:
 
 @dataclass(frozen=True)
 class StepOrders(KVConnectorMetadata):
-    """One step's work. ``failures_seen``: how many failed steps of the worker the scheduler knew of when it planned this."""
+    """One step's work.
+
+    loads: needed by this step's forward pass. background_loads: of requests that wait outside of the steps.
+    gone: requests that had stores ordered and whose blocks may be overwritten from this step's forward pass on.
+    failures_seen: how many failed steps of the worker the scheduler knew of when it planned this.
+    """
 
     loads: tuple[LoadOrder, ...] = ()
+    background_loads: tuple[LoadOrder, ...] = ()
     stores: tuple[StoreOrder, ...] = ()
+    gone: frozenset[str] = field(default_factory=frozenset)
     failures_seen: int = 0
 
 
 @dataclass(frozen=True)
 class StepReport(KVConnectorWorkerMetadata):
-    """The worker's answer. ``failures``: how many steps so far had a load that failed."""
+    """The worker's answer. ``failures``: how many steps so far had a load that failed before their forward pass."""
 
     loaded: frozenset[str] = field(default_factory=frozenset)  # requests whose loads are over, well or not
+    stored: frozenset[ChunkKey] = field(default_factory=frozenset)  # committed to the pool by this worker
     failures: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
-        return StepReport(self.loaded | other.loaded, max(self.failures, other.failures))
+        return StepReport(self.loaded | other.loaded, self.stored | other.stored, max(self.failures, other.failures))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 import torch
 import vllm
+from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
 from vcache.errors import ConfigError
 from vcache.keys import ModelSpec
+from vcache_vllm.parallel import RankPlace
 
 _WEIGHT_FILES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SAMPLES: Final = 16
@@ -28,18 +30,13 @@ _NOT_COMPUTATION: Final = ("_name_or_path", "_commit_hash", "transformers_versio
 def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
     """Why this engine's KV cannot be shared rightly, in one line; empty when it can."""
     parallel = vllm_config.parallel_config
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "decode_context_parallel_size",
-        "prefill_context_parallel_size",
-    ):
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) != 1:
-            return f"{name} = {getattr(parallel, name)}: only 1 is supported yet"
+            return f"{name} = {getattr(parallel, name)} divides a block among ranks; only 1 is supported yet"
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups; only models with one are supported yet"
-    for spec in _layer_specs(groups[0]):
+    for spec in layer_specs(groups[0]):
         if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
             return f"a layer's KV is of the kind {type(spec).__name__}; only full attention is supported yet"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -47,53 +44,76 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
     return ""
 
 
-def model_spec(vllm_config: Any, kv_cache_config: Any, *, chunk_size: int, layout: str) -> ModelSpec:
-    """The description of this engine's KV. ``layout``: ``PagedKV.layout`` of its tensors.
+def model_spec(vllm_config: Any, kv_cache_config: Any, place: RankPlace, *, chunk_size: int, layout: str) -> ModelSpec:
+    """The description of this engine's KV, the same from each of its ranks. ``layout``: ``PagedKV.layout`` of its tensors.
 
     Raises ``ConfigError`` when vLLM describes a model that cannot be.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     group = kv_cache_config.kv_cache_groups[0]
-    spec = _layer_specs(group)[0]
+    spec = layer_specs(group)[0]
     return ModelSpec(
         model=_weights(model),
         revision=str(model.revision or getattr(model.hf_config, "_commit_hash", None) or ""),
         dtype=str(model.dtype).removeprefix("torch."),
         kv_cache_dtype=str(cache.cache_dtype),
-        num_layers=len(group.layer_names),
-        num_kv_heads=spec.num_kv_heads,
+        num_layers=len(group.layer_names) if place.pipeline == 1 else model.get_total_num_hidden_layers(),
+        num_kv_heads=spec.num_kv_heads * place.tensor,
         head_size=spec.head_size,
         block_size=cache.block_size,
         chunk_size=chunk_size,
-        kv_layout=f"opaque {layout}",  # the bytes of a block are the backend's business
+        # The bytes of a block are the backend's business. A pipeline's ranks have different numbers of like layers.
+        kv_layout=f"opaque {layout if place.pipeline == 1 else _kinds(layout)}",
+        tensor_parallel_size=place.tensor,
+        pipeline_parallel_size=place.pipeline,
         extra=(
             ("attention", _attention(vllm_config, group.layer_names)),
             ("configuration", _digest(_computation(model.hf_config))),
             ("draft", _draft(vllm_config.speculative_config)),
-            ("layers", _digest(sorted(group.layer_names))),
+            ("layers", _layers(vllm_config, group.layer_names)),
             ("load_format", _load_format(vllm_config)),
+            ("parallel", str(vllm_config.parallel_config.tensor_parallel_size)),  # it decides how sums are rounded
             ("platform", _platform()),
             ("vllm", vllm.__version__),
         ),
     )
 
 
-def _layer_specs(group: Any) -> list[Any]:
+def layer_specs(group: Any) -> list[Any]:
+    """What vLLM says of the KV of a group's layers."""
     spec = group.kv_cache_spec
     return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
 
 
+def _kinds(layout: str) -> str:
+    """The kinds of tensors in a ``PagedKV.layout``, without how many there are of each."""
+    return " ".join(sorted({kind.partition("x")[2] for kind in layout.split()}))
+
+
+def _layers(vllm_config: Any, layer_names: list[str]) -> str:
+    """Which layers the shards hold. In a pipeline each rank sees only its own, but knows how they are divided."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size == 1:
+        return _digest(sorted(layer_names))
+    layers, ranks = vllm_config.model_config.get_total_num_hidden_layers(), parallel.pipeline_parallel_size
+    return _digest([get_pp_indices(layers, rank, ranks) for rank in range(ranks)])
+
+
 def _weights(model: Any) -> str:
-    """A repository's name (its revision stands beside it), or a digest of local files that is the same wherever they lie.
+    """A repository's name (its revision stands beside it), or a digest of local files."""
+    return weights_digest(Path(model.model)) or str(model.model)
+
+
+def weights_digest(path: Path) -> str:
+    """A digest of the weights at ``path`` that is the same wherever they lie; empty when there are none.
 
     Hashing all bytes of large weights would take minutes: sizes and 16 samples of 64 KiB of each file tell apart what
     training or quantising makes different.
     """
-    path = Path(model.model)
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     weights = [file for file in files if file.is_file() and file.suffix in _WEIGHT_FILES]
     if not weights:
-        return str(model.model)
+        return ""
     digest = hashlib.sha256()
     for file in weights:
         size = file.stat().st_size

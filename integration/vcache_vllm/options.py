@@ -1,4 +1,4 @@
-"""The connector's options: ``kv_connector_extra_config``, under the names of ``system_config.yaml``, and two of its own."""
+"""The connector's options: ``kv_connector_extra_config``, under the names of ``system_config.yaml``, and a few of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, Final
 from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
 
-_OWN: Final = ("config_file", "device", "donate")
+#: Switches: true or false.
+_SWITCHES: Final = ("donate", "load_async", "store_decoded")
+_OWN: Final = ("config_file", "device", *_SWITCHES)
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,15 @@ class ConnectorOptions:
         GPUs ("cpu:1").
     donate: whether the worker gives a segment of ``segment.size`` to the pool for as long as it lives. Stand-alone donors
         (``vcache donate``) outlive serving processes and are the better choice in production.
+    load_async: whether requests wait for their loads outside of vLLM's steps, so that no forward pass waits for one.
+    store_decoded: whether chunks that end in generated tokens are stored too, for the next turn of a conversation.
     """
 
     config: VCacheConfig
     device: str | None = None
     donate: bool = False
+    load_async: bool = False
+    store_decoded: bool = False
 
     @classmethod
     def of(cls, extra: Mapping[str, Any], *, block_size: int) -> ConnectorOptions:
@@ -36,14 +42,15 @@ class ConnectorOptions:
                 "leave it out, or start vLLM with another --block-size"
             )
         settings = {name: value for name, value in extra.items() if name not in _OWN}
-        device, donate = extra.get("device"), extra.get("donate", False)
+        device = extra.get("device")
         if device is not None and not isinstance(device, str):
             raise ConfigError(
                 f"kv_connector_extra_config.device = {device!r}: must be a device's name, such as 'cuda:0'"
             )
-        if not isinstance(donate, bool):
-            raise ConfigError(
-                f"kv_connector_extra_config.donate = {donate!r}: must be true or false; segment.size says how much"
-            )
+        switches = {name: extra[name] for name in _SWITCHES if name in extra}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                hint = "; segment.size says how much" if name == "donate" else ""
+                raise ConfigError(f"kv_connector_extra_config.{name} = {value!r}: must be true or false{hint}")
         config = VCacheConfig.load(extra.get("config_file"), **{**settings, "block_size": block_size})
-        return cls(config=config, device=device, donate=donate)
+        return cls(config=config, device=device, **switches)

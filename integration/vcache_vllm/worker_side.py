@@ -1,25 +1,33 @@
-"""The connector in vLLM's worker: loads chunks before the forward pass that needs them, stores those that it completed.
+"""The connector in vLLM's worker: which chunks are loaded and stored around a forward pass.
 
-A load that fails is reported by its blocks, so that vLLM computes exactly those. Nothing raised here leaves: see
-``connector.py``.
+Nothing raised here leaves: see ``connector.py``. Not here: how a load is made (``loads.py``), how a store waits for nobody
+(``stores.py``).
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from vcache.engine import VCacheEngine
-from vcache.failures import FailureLog
-from vcache.keys import format_key
 from vcache.paged_kv import PagedKV
-from vcache_vllm.metadata import LoadOrder, StepOrders, StepReport, StoreOrder, WorkerIntroduction
+from vcache_vllm.counters import ConnectorCounters
+from vcache_vllm.lane import FLUSH_TIMEOUT_S, Lane
+from vcache_vllm.loads import Loads
+from vcache_vllm.metadata import StepOrders, StepReport, WorkerIntroduction
 from vcache_vllm.model_spec import model_spec
-from vcache_vllm.options import ConnectorOptions
+from vcache_vllm.parallel import RankPlace
+from vcache_vllm.stores import Stores
+
+if TYPE_CHECKING:
+    import torch
+
+    from vcache.failures import FailureLog
+    from vcache_vllm.options import ConnectorOptions
 
 logger: Final = logging.getLogger(__name__)
+#: How long the end of the engine may take to finish what it was storing.
+CLOSE_TIMEOUT_S: Final = 10.0
 
 
 class WorkerSide:
@@ -28,14 +36,18 @@ class WorkerSide:
     def __init__(self, options: ConnectorOptions, failures: FailureLog) -> None:
         self._options = options
         self._failures = failures
+        self._counters = ConnectorCounters()
         self._engine: VCacheEngine | None = None
+        self._lanes: list[Lane] = []
+        self._loads: Loads | None = None
+        self._stores: Stores | None = None
         self.introduction = WorkerIntroduction(None, "the KV tensors were never registered")
-        self._loaded: set[str] = set()
-        self._invalid_blocks: set[int] = set()
         self._failed_steps = 0
         self._reported_failures = 0
 
-    def register(self, kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any) -> None:
+    def register(
+        self, kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, place: RankPlace
+    ) -> None:
         """Maps the tensors and joins the pool.
 
         Raises ``ConfigError`` when a setting cannot work with this model, ``CapacityError`` when there is not the memory to
@@ -47,96 +59,80 @@ class WorkerSide:
         except ValueError as error:
             self.decline(f"its KV tensors cannot be mapped: {error}")
             return
-        model = model_spec(vllm_config, kv_cache_config, chunk_size=chunk_size, layout=kv.layout)
+        model = model_spec(vllm_config, kv_cache_config, place, chunk_size=chunk_size, layout=kv.layout)
         self._engine = VCacheEngine(
             self._options.config,
             model=model,
             role="worker",
+            rank=place.rank,
             device=self._options.device or str(kv.device),
             donate="auto" if self._options.donate else None,
         )
         self._engine.register_kv_caches(kv)
+        loading, storing = (Lane(name, kv.device, self._failures) for name in ("load", "store"))
+        self._lanes = [loading, storing]
+        chunk_bytes = kv.payload_bytes(model.blocks_per_chunk)
+        self._loads = Loads(self._engine, loading, self._counters, self._failures, chunk_bytes=chunk_bytes)
+        if place.stores:
+            self._stores = Stores(self._engine, storing, self._counters, chunk_bytes=chunk_bytes)
         self.introduction = WorkerIntroduction(model)
-        logger.info("VCache shares this worker's KV: %s", kv.describe())
+        logger.info("VCache shares the KV of this worker, rank %d of %d: %s", place.rank, model.ranks, kv.describe())
 
     def decline(self, reason: str) -> None:
         """Stays out of the pool; serving goes on as if VCache were not there."""
         self.introduction = WorkerIntroduction(None, reason)
 
+    def before_step(self, orders: StepOrders) -> None:
+        """Before anything of a step is written."""
+        if self._stores is not None:
+            stores = orders.stores if orders.failures_seen >= self._failed_steps else ()
+            self._stores.before_step(stores, orders.gone)
+
     def load(self, orders: StepOrders) -> None:
-        """Loads what the step needs; returns when the bytes are there, or noted as failed."""
-        for order in orders.loads:
-            loaded = self._load(order)
-            self._loaded.add(order.request_id)
-            missing = set(order.blocks[loaded:].ravel().tolist()[order.kept if not loaded else 0 :])
-            if missing:
-                self._failed_steps += not self._invalid_blocks
-                self._invalid_blocks |= missing
+        """Loads what the step needs, and begins to load what others wait for."""
+        if self._loads is not None:
+            failed = [order for order in orders.loads if not self._loads.load(order)]
+            self._failed_steps += bool(failed)
+            for order in orders.background_loads:
+                self._loads.load_behind(order)
 
-    def store(self, orders: StepOrders) -> None:
+    def after_step(self, orders: StepOrders) -> None:
         """Stores what the step completed, unless it, or one planned before its failure was known, computed on garbage."""
-        if orders.failures_seen < self._failed_steps:
+        if self._stores is None:
             return
-        for order in orders.stores:
-            self._store(order)
+        if orders.failures_seen < self._failed_steps:
+            self._stores.abandon_step()
+        else:
+            self._stores.after_step()
 
-    def take_invalid_blocks(self) -> set[int]:
-        """The blocks whose load failed in this step."""
-        taken, self._invalid_blocks = self._invalid_blocks, set()
-        return taken
+    def take_results(self) -> tuple[StepReport | None, set[str], set[int]]:
+        """What the scheduler side should know, if anything; requests whose background loads are over; blocks not loaded."""
+        if self._loads is None:
+            return None, set(), set()
+        over, behind = self._loads.take_over()
+        invalid = self._loads.take_invalid_blocks()
+        stored = self._stores.take_stored() if self._stores is not None else frozenset()
+        report = None
+        if over or stored or self._reported_failures != self._failed_steps:
+            self._reported_failures = self._failed_steps
+            report = StepReport(over, stored, self._failed_steps)
+        return report, behind, invalid
 
-    def take_report(self) -> StepReport | None:
-        """What the scheduler side should know; None when there is nothing."""
-        if not self._loaded and self._reported_failures == self._failed_steps:
-            return None
-        loaded, self._loaded = frozenset(self._loaded), set()
-        self._reported_failures = self._failed_steps
-        return StepReport(loaded, self._failed_steps)
+    def take_counts(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        return self._counters.take(errors=self._failures.total)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's figures (``VCacheEngine.get_stats``) and the errors that were kept from vLLM."""
+        """Once what was begun is done: the engine's figures (``VCacheEngine.get_stats``), and ``connector_*`` of our own."""
+        for lane in self._lanes:
+            lane.flush(FLUSH_TIMEOUT_S)
         figures = dict(self._engine.get_stats()) if self._engine is not None else {}
-        return {**figures, "connector_errors": self._failures.total}
+        own = {f"connector_{name}": value for name, value in self._counters.snapshot().items()}
+        return {**figures, **own, "connector_errors": self._failures.total}
 
     def close(self) -> None:
-        """Leaves the pool; harmless when done before."""
+        """Finishes what was begun and leaves the pool; harmless when done before."""
+        for lane in self._lanes:
+            lane.close(CLOSE_TIMEOUT_S)
         if self._engine is not None:
             self._engine.close()
-
-    def _load(self, order: LoadOrder) -> int:
-        """How many leading chunks of the order were loaded."""
-        loaded = 0
-        try:
-            loaded = self._retrieve(order)
-        except Exception as error:
-            self._failures.record("load", error)
-        if loaded < len(order.keys):
-            logger.warning(
-                "%d of %d chunks of request %s could not be loaded, from %s on; vLLM computes them",
-                len(order.keys) - loaded,
-                len(order.keys),
-                order.request_id,
-                format_key(order.keys[loaded]),
-            )
-        return loaded
-
-    def _retrieve(self, order: LoadOrder) -> int:
-        """A payload is loaded whole, but the first ``kept`` blocks of the first chunk are not ours to write.
-
-        What belongs there goes into blocks of the second chunk, which is loaded over it afterwards.
-        """
-        assert self._engine is not None
-        if not order.kept:
-            return self._engine.begin_retrieve(order.keys, order.blocks).complete()
-        edge = order.blocks[:1].copy()
-        edge[0, : order.kept] = order.blocks[1, : order.kept]
-        if not self._engine.begin_retrieve(order.keys[:1], edge).complete():
-            return 0
-        return 1 + self._engine.begin_retrieve(order.keys[1:], order.blocks[1:]).complete()
-
-    def _store(self, order: StoreOrder) -> None:
-        assert self._engine is not None
-        try:
-            self._engine.begin_store(order.keys, order.blocks, parent=order.parent, salt=order.salt).complete()
-        except Exception as error:
-            self._failures.record("store", error)

@@ -1,0 +1,75 @@
+"""A thread beside the forward pass, and on a GPU a stream beside its stream: where the server and the copies are waited for.
+
+Tasks run one after the other. Not here: what they are (``stores.py``, ``loads.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, TypeVar
+
+import torch
+
+from vcache.failures import FailureLog
+from vcache.transfer.threads import process_cpus
+
+T = TypeVar("T")
+#: Long enough for any task: each waits for the server or a store with a deadline of its own.
+FLUSH_TIMEOUT_S: Final = 60.0
+
+
+class Lane:
+    """Runs tasks in the order in which they were given. Errors of a task go to ``failures`` and become ``otherwise``."""
+
+    def __init__(self, name: str, device: torch.device, failures: FailureLog) -> None:
+        self._name = name
+        self._failures = failures
+        # vLLM pins its own thread to one CPU, and a thread started from there would stay on it.
+        self._threads = ThreadPoolExecutor(1, f"vcache-{name}", _run_anywhere, (process_cpus(),))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def run(self, task: Callable[[], T], otherwise: T) -> Future[T]:
+        """Runs ``task`` once what the caller's stream has now been given is done; its own copies are done when it ends."""
+        happened: torch.cuda.Event | None = None
+        if self._stream is not None:
+            happened = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            happened.record()
+        try:
+            return self._threads.submit(self._run, task, otherwise, happened)
+        except RuntimeError:  # closed, or the interpreter is shutting down
+            nothing: Future[T] = Future()
+            nothing.set_result(otherwise)
+            return nothing
+
+    def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
+        """Waits until everything given before is done: whether that came in time."""
+        done = self.run(lambda: None, None)
+        with contextlib.suppress(TimeoutError):
+            done.result(timeout_s)
+        return done.done()
+
+    def close(self, timeout_s: float) -> None:
+        """Finishes what was begun, and drops what was not in time."""
+        self.flush(timeout_s)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, task: Callable[[], T], otherwise: T, happened: torch.cuda.Event | None) -> T:
+        try:
+            if self._stream is None or happened is None:
+                return task()
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(happened)
+                result = task()
+                self._stream.synchronize()
+                return result
+        except Exception as error:
+            self._failures.record(self._name, error)
+            return otherwise
+
+
+def _run_anywhere(cpus: frozenset[int]) -> None:
+    with contextlib.suppress(OSError):  # a cpuset that shrank meanwhile: stay where the starting thread was
+        os.sched_setaffinity(0, cpus)
