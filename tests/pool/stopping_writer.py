@@ -27,8 +27,8 @@ def stop_after(owner: type, name: str, stop: Callable[[], None]) -> None:
     """Makes a method call ``stop`` once it has done its work for the first time."""
     real = getattr(owner, name)
 
-    def wrapped(self, *arguments):
-        result = real(self, *arguments)
+    def wrapped(self, *arguments, **named):
+        result = real(self, *arguments, **named)
         setattr(owner, name, real)
         stop()
         return result
