@@ -97,8 +97,10 @@ def test_no_master_at_start_costs_nothing_and_is_found_when_it_comes(mooncake, o
     for _ in range(3):
         store.get_into(shards(1), blank(1))
     assert store.stats()["store_circuit"] == "open"
+    assert (store.stats()["store_process_starts"], store.stats()["store_process_joins"]) == (1, 0)
     mooncake.start_master()
     mooncake.start_owner()
+    wait_for(lambda: store.stats()["store_process_joins"], "the joining, which no call need find out")
     await_ready(store)
     fill(store, 2, NBYTES)
     assert store.stats()["store_circuit"] == "closed"
@@ -141,7 +143,7 @@ def test_the_mooncake_process_killed_is_replaced(mooncake, opened):
     await_ready(store)
     assert list(store.get_into(shards(2), buffers)) == [Got.LOADED] * 2
     assert torch.equal(buffers[1], payload(1, NBYTES))
-    assert store.stats()["store_process_starts"] == 2
+    assert (store.stats()["store_process_starts"], store.stats()["store_process_joins"]) == (2, 2)
     assert store.staging.free_bytes == store.staging.nbytes
 
 

@@ -10,6 +10,7 @@ blocks add up, the process is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ TAINTED_SHARE: Final = 8
 
 MOONCAKE_COUNTERS: Final = {
     "store_process_starts": "Mooncake processes started",
+    "store_process_joins": "of these, joined the store: only then do calls go through",
     "store_late_parts": "calls that went on without an owner of some of their objects, because it was late",
 }
 
@@ -75,6 +77,7 @@ class MooncakeStore:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(MOONCAKE_COUNTERS, 0)
         self._closed = False
+        self._joined: Companion | None = None  # the last that joined the store
         self._process: Companion | None = self._started()
 
     def contains(self, shards: Sequence[Shard]) -> Sequence[bool]:
@@ -97,6 +100,11 @@ class MooncakeStore:
         return sum(self._ask(Remove([object_name(self._prefix, shard) for shard in shards])))
 
     def counters(self) -> Mapping[str, int]:
+        with self._lock:
+            process = self._process
+        if process is not None:
+            with contextlib.suppress(LinkClosedError):  # the next call starts another
+                self._has_joined(process)
         with self._lock:
             return dict(self._counts)
 
@@ -133,12 +141,21 @@ class MooncakeStore:
                 self._process = self._started()
             process = self._process
         try:
-            if process.ready() is not None:
+            if self._has_joined(process):
                 return process
         except LinkClosedError as error:
             self._replace(process)
             raise UnavailableError(str(error)) from error
         raise UnavailableError(f"no Mooncake master at {self._setup.master} yet")
+
+    def _has_joined(self, process: Companion) -> bool:
+        """Whether it is ready for calls. Raises ``LinkClosedError`` when it ended."""
+        if process.ready() is None:
+            return False
+        with self._lock:
+            self._counts["store_process_joins"] += process is not self._joined
+            self._joined = process
+        return True
 
     def _started(self) -> Companion:
         """Under the lock, or before anybody else knows this store."""
