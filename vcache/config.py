@@ -32,6 +32,7 @@ from vcache.settings_sources import (
     setting_fields,
 )
 from vcache.store_config import StoreConfig
+from vcache.transfer_config import TransferConfig
 from vcache.units import format_duration
 
 #: ``sun_path`` holds 108 bytes, the closing zero among them.
@@ -94,12 +95,6 @@ class SegmentConfig(Section):
     size: Annotated[Size, Field(ge=1 << 20)] = 1 << 30
     records: Annotated[Count, Field(ge=0, le=1 << 20)] = 0
     tier: Literal["auto", "vram", "dram"] = "auto"
-
-
-class TransferConfig(Section):
-    """How bytes are copied."""
-
-    threads: Annotated[Count, Field(ge=0, le=256)] = 0
 
 
 class VCacheConfig(BaseSettings):
@@ -198,7 +193,12 @@ class VCacheConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        problems = [*self._contradictions(), *self._endpoint_problems(), *self.store.problems()]
+        problems = [
+            *self._contradictions(),
+            *self._endpoint_problems(),
+            *self.store.problems(),
+            *self.transfer.problems(),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -63,9 +63,10 @@ def copy_out(read: PendingRead) -> dict[int, bytes]:
     """What was copied of each chunk of the run."""
     copied: dict[int, bytes] = {}
 
-    def take(segment, chunks, offsets):
+    def take(source, chunks, offsets):
+        memory = source.tensor.numpy()
         for chunk, offset in zip(chunks.tolist(), offsets.tolist(), strict=True):
-            copied[chunk] = peek(segment, offset, int(read.placements["nbytes"][chunk]))
+            copied[chunk] = memory[offset : offset + int(read.placements["nbytes"][chunk])].tobytes()
 
     read.copy_with(take)
     return copied

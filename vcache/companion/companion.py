@@ -188,10 +188,12 @@ class Call:
         self._companion = companion
         self._lane = lane
         self._held = held
+        #: After ``answer``: none came, because the process was gone.
+        self.is_lost = False
 
-    def is_answered(self) -> bool:
-        """Whether ``answer`` would not wait."""
-        return self._lane.readable(0.0)
+    def is_answered(self, wait_s: float = 0.0) -> bool:
+        """Whether ``answer`` would not wait, waiting so long for that. For any number of threads."""
+        return self._lane.readable(wait_s)
 
     def answer(self, timeout_s: float) -> Answer | None:
         """The first answer, to be taken once; ``None`` when none came. What is not answered keeps its blocks."""
@@ -199,6 +201,7 @@ class Call:
         try:
             answer = self._lane.receive(timeout_s)
         except LinkClosedError as error:
+            self.is_lost = True
             logger.debug("no answer: %s", error)
         held = self._held
         if not isinstance(answer, Answer):

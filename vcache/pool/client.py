@@ -43,6 +43,7 @@ from vcache.protocol import (
     ServerStats,
     Tier,
 )
+from vcache.remote.segments import RemoteSegments
 
 __all__ = ["PLACEMENT_DTYPE", "Acquired", "Granted", "PlacementArray", "PoolClient"]
 
@@ -65,6 +66,11 @@ COUNTERS: Final = {
     "lost_sources": "copies within the pool whose source had changed by their end: given back",
     "lost_writes": "writes whose record was no longer the writer's at the commit",
     "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
+    "remote_hits": "chunks read from segments of other hosts, and valid",
+    "remote_read_bytes": "their bytes",
+    "remote_lost_hits": "hits on other hosts that were not delivered: not served",
+    "remote_failures": "times a donor on another host did not deliver in time, or was not there: it is left alone for a while",
+    "remote_no_staging": "times there was no staging memory for a read from another host",
 }
 
 #: What the protocol allows a name.
@@ -99,11 +105,12 @@ class PoolClient:
             b"\x01" + secrets.token_bytes(15),
             max_named=min(MAX_OUTSTANDING, config.server.max_message_bytes // RESERVATION_WIRE_BYTES),
         )
-        self.mappings = Mappings(self.runtime, host=self.host)
         self._count_lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
         self._granted_all = False
+        remote = RemoteSegments(config, self.count) if config.transfer.remote != "none" else None
+        self.mappings = Mappings(self.runtime, host=self.host, remote=remote)
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -36,6 +36,7 @@ from vcache.protocol import (
     RetireItem,
     Tier,
 )
+from vcache.remote.offer import open_offer
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Donor:
         self._drained = threading.Event()
         self._drain_asked = False
         self._close_lock = threading.Lock()
+        self._offer = open_offer(config, memory)
+        self._announced = b""  # of it, to this server
         client.mappings.adopt(self.segment)
         client.background.add_duty(self)
         if client.available:
@@ -120,6 +123,8 @@ class Donor:
             self._state = State.CLOSED
             self._registered.clear()
             self._background.remove_duty(self)
+            if self._offer is not None:
+                self._offer.close()
             is_unused = self._client.mappings.give_up(self.segment, timeout_s)
             if is_unused:
                 self.segment.close()
@@ -150,6 +155,8 @@ class Donor:
             self._register()
         elif self._state is State.HANDING_OVER and self._page_is_lost:
             self._send_page()  # or it was only late: a page sent twice is harmless
+        elif self._state is State.SERVING and self._announcement() != self._announced:
+            self._state = State.WAITING  # and registers again, to say how other hosts read it now
 
     def on_orders(self, orders: Orders) -> None:
         if self._number in orders.register_again and self._state is State.SERVING:
@@ -175,6 +182,7 @@ class Donor:
         segment = self.segment
         # Memory that never was in a pool has no writers from before.
         attached = self._client.runtime.live_writers() if self._term else []
+        announced = self._announced = self._announcement()
         self._state = State.REGISTERING
         self._background.request(
             lambda id_, session, term: protocol.RegisterSegment(
@@ -191,9 +199,13 @@ class Donor:
                 handle=segment.memory.handle,
                 label=self.label,
                 attached=attached,
+                remote=announced,
             ),
             self._on_registered,
         )
+
+    def _announcement(self) -> bytes:
+        return self._offer.announcement() if self._offer is not None else b""
 
     def _on_registered(self, reply: AnyReply | None) -> None:
         if self._state is not State.REGISTERING:

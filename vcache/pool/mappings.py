@@ -1,7 +1,8 @@
 """The segments this process has mapped, by (segment id, incarnation): never by address, which the next segment may get too.
 
 A mapping is opened when first used (or ahead of use), and closed when its segment is gone and the last user is done: never
-under a running copy. A segment of this very process is used where it is, by its local pointer.
+under a running copy. A segment of this very process is used where it is, by its local pointer. Segments of other hosts come
+and go with the others, and are read by ``vcache/remote``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from vcache.errors import VCacheError
 from vcache.failures import FailureLog
@@ -19,6 +20,9 @@ from vcache.memory.host import HostMemory
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
 from vcache.protocol import SegmentInfo
+
+if TYPE_CHECKING:
+    from vcache.remote.segments import RemoteSegment, RemoteSegments
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +61,11 @@ class _Entry:
 class Mappings:
     """Thread-safe. ``close`` when the client closes."""
 
-    def __init__(self, runtime: RuntimeDir, *, host: bytes) -> None:
+    def __init__(self, runtime: RuntimeDir, *, host: bytes, remote: RemoteSegments | None = None) -> None:
+        """``remote``: those of other hosts, if they are read; closed with this."""
         self._runtime = runtime
         self._host = host
+        self.remote: Final = remote
         self._changed = threading.Condition()
         self._entries: dict[Identity, _Entry] = {}
         self._failures = FailureLog(logger)
@@ -78,10 +84,15 @@ class Mappings:
             entry.users += 1
             return Use(self, entry)
 
+    def use_remote(self, infos: Iterable[SegmentInfo]) -> Mapping[int, RemoteSegment]:
+        """Those of these segments, by number, that are another host's and can be read now; the first time waits for them."""
+        others = [info for info in infos if info.host != self._host]
+        return self.remote.use(others) if self.remote is not None and others else {}
+
     def map_ahead(self, infos: Iterable[SegmentInfo]) -> None:
-        """Maps this host's segments among these in a thread of its own, before their first use."""
+        """Maps segments in a thread of its own, before their first use."""
         for info in infos:
-            if info.host == self._host:
+            if info.host == self._host or self.remote is not None:
                 self._hand_over(info)
 
     def adopt(self, segment: Segment) -> None:
@@ -102,12 +113,16 @@ class Mappings:
             entry = self._entries.get(identity)
             if entry is not None and not entry.is_local:
                 self._drop(identity, entry)
+        if self.remote is not None:
+            self.remote.drop(identity)
 
     def drop_unlisted(self, listed: Iterable[Identity], now: float, grace_s: float) -> list[Identity]:
         """Drops what the server has not listed for ``grace_s``: its donor died while the server was away."""
         dropped = []
+        known = set(listed)
+        if self.remote is not None:
+            self.remote.drop_all_but(known)
         with self._changed:
-            known = set(listed)
             for identity, entry in list(self._entries.items()):
                 if identity in known or entry.is_local:
                     entry.unlisted_since = None
@@ -119,9 +134,10 @@ class Mappings:
         return dropped
 
     def mapped(self) -> list[Identity]:
-        """What is mapped now, this process's own segments among it."""
+        """What is mapped now, this process's own segments and other hosts' among it."""
+        others = self.remote.identities() if self.remote is not None else []
         with self._changed:
-            return list(self._entries)
+            return [*self._entries, *others]
 
     def close(self) -> None:
         """Unmaps everything that is not in use; the rest when its users are done. Nothing is mapped afterwards."""
@@ -131,6 +147,8 @@ class Mappings:
                 if not entry.is_local:
                     self._drop(identity, entry)
             worker, self._worker = self._worker, None
+        if self.remote is not None:
+            self.remote.close()
         if worker is not None:
             self._work.put(_STOP)
             worker.join()
@@ -189,10 +207,12 @@ class Mappings:
         while (work := self._work.get()) is not _STOP:
             if isinstance(work, HostMemory):
                 work.populate()
-            elif isinstance(work, SegmentInfo):
+            elif isinstance(work, SegmentInfo) and work.host == self._host:
                 use = self.use(work)
                 if use is not None:
                     use.release()
+            elif isinstance(work, SegmentInfo) and self.remote is not None:
+                self.remote.open_ahead(work)
 
 
 def _open_memory(runtime: RuntimeDir, info: SegmentInfo) -> Memory:

@@ -1,13 +1,15 @@
 """The read path: acquire a run, copy its payloads, and only then find out whether what was copied is what was asked for.
 
-A lease makes it likely that nobody overwrites a payload meanwhile; the validation after the copy is what makes it safe.
+A lease makes it likely that nobody overwrites a payload meanwhile; the validation after the copy is what makes it safe. Of a
+segment of another host payload and record are read, in this order, into memory of this process, and validated there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +18,33 @@ from vcache.keys import ChunkKey
 from vcache.log import KeyText
 from vcache.pool.client import PLACEMENT_DTYPE, PlacementArray, PoolClient
 from vcache.pool.mappings import Use
-from vcache.pool.records import key_words
+from vcache.pool.records import LAYOUT, hold, key_words
 from vcache.pool.segment import Segment
+from vcache.remote.fetch import Fetching
 
 if TYPE_CHECKING:
+    import torch
+
     from vcache.paged_kv import PagedKV
+    from vcache.remote.segments import RemoteSegment
 
 logger = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
-#: Copies the payloads at ``offsets`` of a segment to where the chunks with these indices in the run belong.
-CopyOut = Callable[[Segment, Int64Array, Int64Array], None]
 
+
+class Source(Protocol):
+    """Memory with payloads in it: a segment, or what was read from one of another host."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """All of it as uint8, no copy."""
+
+
+#: Copies the payloads at ``offsets`` of a source to where the chunks with these indices in the run belong.
+CopyOut = Callable[[Source, Int64Array, Int64Array], None]
+
+_NO_REMOTE: Final[Mapping[int, RemoteSegment]] = MappingProxyType({})
 _NOTHING: PlacementArray = np.empty(0, dtype=PLACEMENT_DTYPE)
 
 
@@ -45,10 +62,16 @@ def begin_read(client: PoolClient, keys: Sequence[ChunkKey], rank: int) -> Pendi
             use = client.use_segment(info)
             if use is not None:
                 uses[number] = use
-        hits = _readable(acquired.placements, uses)
+        remote = client.mappings.use_remote(acquired.infos.values())
+        hits = _readable(acquired.placements, {number: use.segment for number, use in uses.items()} | dict(remote))
         client.count("unmapped_hits", len(acquired.placements) - hits)
         return PendingRead(
-            client, keys, lease=acquired.lease, placements=acquired.placements[:hits], uses=tuple(uses.items())
+            client,
+            keys,
+            lease=acquired.lease,
+            placements=acquired.placements[:hits],
+            uses=tuple(uses.items()),
+            remote=remote,
         )
     except BaseException:
         for use in uses.values():
@@ -71,13 +94,17 @@ class PendingRead:
         lease: int,
         placements: PlacementArray,
         uses: tuple[tuple[int, Use], ...],
+        remote: Mapping[int, RemoteSegment] = _NO_REMOTE,
     ) -> None:
         self.placements = placements
         self._client = client
         self._keys = keys
         self._lease = lease
         self._uses = uses
-        self._copied = False
+        self._remote = remote
+        #: Of each chunk: its payload was copied; and, of another host's, the record read after it is the right one.
+        self._copied = np.zeros(len(placements), dtype=np.bool_)
+        self._held = np.zeros(len(placements), dtype=np.bool_)
         self._valid: int | None = None
 
     @property
@@ -86,8 +113,17 @@ class PendingRead:
 
     @property
     def segments(self) -> list[Segment]:
-        """Those that the run is in. Mapped until ``complete``."""
+        """Those of this host that the run is in. Mapped until ``complete``."""
         return [use.segment for _, use in self._uses]
+
+    def cut(self, nbytes: int, layout: int) -> int:
+        """Ends the run before the first payload of another size or layout; how many chunks are left."""
+        fits = (self.placements["nbytes"] == nbytes) & self._have_layout(layout)
+        if not fits.all():
+            fitting = int(np.argmin(fits))
+            self._client.count("misfit_hits", self.hits - fitting)
+            self.placements = self.placements[:fitting]
+        return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
         """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; on a GPU, enqueues it on the current stream.
@@ -96,53 +132,102 @@ class PendingRead:
         processes that describe their models alike may hold KV in different ways. Raises ``ValueError`` for bad block ids.
         """
         from vcache.transfer import scatter  # loads torch
+        from vcache.transfer.staged import scatter_staged
 
         fits = (self.placements["nbytes"] == kv.payload_bytes(block_ids.shape[1])) & self._have_layout(
             kv.payload_layout
         )
-        if not fits.all():
-            fitting = int(np.argmin(fits))
-            self._client.count("misfit_hits", self.hits - fitting)
-            self.placements = self.placements[:fitting]
+        self._end_before_misfit(fits)
         threads = self._client.config.transfer.threads
-        self.copy_with(
-            lambda segment, chunks, offsets: scatter(kv, block_ids[chunks], segment.tensor, offsets, threads=threads)
+        self._copy_here(
+            lambda source, chunks, offsets: scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
+        )
+        self._copy_from_elsewhere(
+            lambda source, chunks, offsets: scatter_staged(
+                kv, block_ids[chunks], source.tensor, offsets, threads=threads
+            ),
+            layout=kv.payload_layout,
         )
 
     def copy_with(self, copy_out: CopyOut) -> None:
-        """Copies by a function of the caller, called once per segment."""
+        """Copies by a function of the caller, called once per segment, or several times for one of another host.
+
+        Payloads of other hosts are in host memory, valid until the function returns.
+        """
+        self._copy_here(copy_out)
+        self._copy_from_elsewhere(copy_out)
+
+    def _copy_here(self, copy_out: CopyOut) -> None:
         for number, use in self._uses:
             chunks = np.flatnonzero(self.placements["segment"] == number)
             if chunks.size:
                 copy_out(use.segment, chunks, self.placements["offset"][chunks].astype(np.int64))
-        self._copied = True
+                self._copied[chunks] = True
+
+    def _copy_from_elsewhere(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
+        """Reads what lies on other hosts, and copies those payloads whose record says that they are what was asked for.
+
+        It ends where a donor does not deliver, or where a payload has another layout than ``layout``.
+        """
+        if not self._remote:
+            return
+        segments = self._client.mappings.remote
+        assert segments is not None, "somebody opened these"
+        keys = key_words(b"".join(self._keys[: self.hits]))
+        fetching = Fetching(segments, self.placements, self._remote)
+        for batch in fetching.batches():
+            rows = self.placements[batch.chunks]
+            held = hold(batch.rows, rows["generation"], keys[batch.chunks])
+            self._copied[batch.chunks] = True
+            self._held[batch.chunks] = held
+            if layout is not None:
+                fits = np.ones(self.hits, dtype=np.bool_)
+                fits[batch.chunks] = ~held | (batch.rows[:, LAYOUT] == layout)
+                self._end_before_misfit(fits)
+                held &= batch.chunks < self.hits
+            if held.any():
+                copy_out(segments.reader.staging, batch.chunks[held], batch.offsets[held])
+            self._client.count("remote_hits", int(held.sum()))
+            self._client.count("remote_read_bytes", int(rows["nbytes"][held].sum()))
+            if not held.all():
+                break  # what follows is of no use
+        lost = np.isin(self.placements["segment"], list(self._remote)) & ~self._copied[: self.hits]
+        self._client.count("remote_lost_hits", int(lost.sum()))
+
+    def _end_before_misfit(self, fits: npt.NDArray[np.bool_]) -> None:
+        if not fits.all():
+            fitting = int(np.argmin(fits))
+            self._client.count("misfit_hits", self.hits - fitting)
+            self.placements = self.placements[:fitting]
 
     def complete(self) -> int:
         """Leading chunks whose bytes, all of them, are those of their keys. Ends the lease, with the verdict.
 
-        After a copy that failed, or none, that is 0. Calling it again is harmless.
+        What was not copied ends the run. Calling it again is harmless.
         """
         if self._valid is None:
             self._valid = 0
             invalid: list[int] = []
             try:
-                if self._copied:
-                    valid = self._validated()
-                    invalid = np.flatnonzero(~valid).tolist()
-                    self._valid = invalid[0] if invalid else self.hits
+                copied = self._copied[: self.hits]
+                if copied.any():
+                    valid = self._validated() & copied
+                    invalid = np.flatnonzero(copied & ~valid).tolist()
+                    self._valid = self.hits if valid.all() else int(np.argmin(valid))
             finally:
                 self._end(invalid)
         return self._valid
 
     def _have_layout(self, layout: int) -> npt.NDArray[np.bool_]:
-        same = np.zeros(self.hits, dtype=np.bool_)
+        """What other hosts' records say comes with the payload."""
+        same = np.isin(self.placements["segment"], list(self._remote))
         for number, use in self._uses:
             chunks = np.flatnonzero(self.placements["segment"] == number)
             same[chunks] = use.segment.layouts(self.placements["record"][chunks].astype(np.int64)) == layout
         return same
 
     def _validated(self) -> npt.NDArray[np.bool_]:
-        valid = np.zeros(self.hits, dtype=np.bool_)
+        valid = self._held[: self.hits].copy()
         keys = key_words(b"".join(self._keys[: self.hits]))
         for number, use in self._uses:
             chunks = np.flatnonzero(self.placements["segment"] == number)
@@ -161,10 +246,10 @@ class PendingRead:
             logger.debug("read %s", KeyText(self._keys[: self._valid]))
 
 
-def _readable(placements: PlacementArray, uses: dict[int, Use]) -> int:
-    """Leading placements that lie within segments that are mapped."""
-    for index, (number, _, _, offset, nbytes) in enumerate(placements.tolist()):
-        use = uses.get(number)
-        if use is None or not use.segment.contains(offset, nbytes):
+def _readable(placements: PlacementArray, segments: Mapping[int, Segment | RemoteSegment]) -> int:
+    """Leading placements that lie within segments that are mapped, or can be read where they are."""
+    for index, (number, record, _, offset, nbytes) in enumerate(placements.tolist()):
+        segment = segments.get(number)
+        if segment is None or record >= segment.records or not segment.contains(offset, nbytes):
             return index
     return len(placements)

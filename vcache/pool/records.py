@@ -208,6 +208,19 @@ class Directory:
         return self._first + record * RECORD_WORDS
 
 
+def hold(rows: WordArray, generations: WordArray, keys: WordArray) -> npt.NDArray[np.bool_]:
+    """Which records, read ``[n, 16]`` as they were at some time after a copy, hold this (even) generation and key ``[n, 2]``.
+
+    As ``Directory.matches``, for a copy of the records whose words may be torn: the checksum covers key and generation.
+    """
+    held: npt.NDArray[np.bool_] = (
+        (rows[:, GENERATION] == generations)
+        & (rows[:, KEY : KEY + 2] == keys).all(axis=1)
+        & (checksums(rows) == rows[:, CHECKSUM])
+    )
+    return held
+
+
 def _whole(rows: WordArray) -> npt.NDArray[np.bool_]:
     whole: npt.NDArray[np.bool_] = (rows[:, GENERATION] == 0) | (checksums(rows) == rows[:, CHECKSUM])
     return whole

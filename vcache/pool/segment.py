@@ -7,7 +7,7 @@ another life of this one, is expected, finds out before it reads a byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,8 @@ MAGIC: Final = int.from_bytes(b"VCACHSEG", "little")
 MIN_RECORDS: Final = 64
 MAX_RECORDS: Final = 1 << 20
 _BYTES_PER_RECORD: Final = 64 << 10
-_DIRECTORY_OFFSET: Final = PAGE_BYTES
-_DIRECTORY_WORD: Final = _DIRECTORY_OFFSET // 8
+DIRECTORY_OFFSET: Final = PAGE_BYTES
+_DIRECTORY_WORD: Final = DIRECTORY_OFFSET // 8
 
 # Words of the header.
 _MAGIC: Final = 0
@@ -41,7 +41,7 @@ _DIRECTORY: Final = 6
 _RECORDS: Final = 7
 _DATA: Final = 8
 _CHECKSUM: Final = 9
-_HEADER_WORDS: Final = 10
+HEADER_WORDS: Final = 10
 _FACTOR: Final = 0xFF51AFD7ED558CCD
 _MASK: Final = (1 << 64) - 1
 
@@ -67,7 +67,7 @@ class Segment:
         Raises ``CapacityError`` when the directory leaves no room for data.
         """
         count = records or default_records(memory.nbytes)
-        data_offset = _DIRECTORY_OFFSET + _aligned(count * RECORD_BYTES)
+        data_offset = DIRECTORY_OFFSET + _aligned(count * RECORD_BYTES)
         if data_offset + EXTENT_ALIGNMENT > memory.nbytes:
             raise CapacityError(
                 f"a segment of {memory.nbytes} bytes has no room for data: header and {count} records take "
@@ -83,19 +83,14 @@ class Segment:
 
         Raises ``CorruptionError`` when it is not there in this incarnation, or not of this format.
         """
-        words = memory.words.load_run(0, _HEADER_WORDS).tolist()
-        if words[_MAGIC] != MAGIC or words[_CHECKSUM] != _checksum(words):
-            raise CorruptionError("the memory does not begin with a segment's header")
-        if words[_VERSION] != FORMAT_VERSION:
-            raise CorruptionError(f"the segment has format version {words[_VERSION]}, this is {FORMAT_VERSION}")
-        found = words[_ID].to_bytes(8, "little") + words[_ID + 1].to_bytes(8, "little")
-        if (found, words[_INCARNATION], words[_NBYTES]) != (segment_id, incarnation, memory.nbytes):
-            raise CorruptionError(
-                f"expected segment {segment_id.hex()} incarnation {incarnation} of {memory.nbytes} bytes, found "
-                f"{found.hex()} incarnation {words[_INCARNATION]} of {words[_NBYTES]} bytes"
-            )
+        words = memory.words.load_run(0, HEADER_WORDS).tolist()
+        header = checked_header(words, segment_id, incarnation, memory.nbytes)
         return cls(
-            memory, segment_id=segment_id, incarnation=incarnation, records=words[_RECORDS], data_offset=words[_DATA]
+            memory,
+            segment_id=segment_id,
+            incarnation=incarnation,
+            records=header.records,
+            data_offset=header.data_offset,
         )
 
     @property
@@ -179,7 +174,7 @@ class Segment:
             int.from_bytes(high, "little"),
             self.incarnation,
             self.nbytes,
-            _DIRECTORY_OFFSET,
+            DIRECTORY_OFFSET,
             self.records,
             self.data_offset,
         ]
@@ -188,6 +183,31 @@ class Segment:
         for index, word in enumerate([*words, _checksum(words)][1:], 1):
             store(index, word)
         store(_MAGIC, MAGIC)  # last: a header with its magic is whole
+
+
+class Header(NamedTuple):
+    """What a header says that was not known before."""
+
+    records: int
+    data_offset: int
+
+
+def checked_header(words: Sequence[int], segment_id: bytes, incarnation: int, nbytes: int) -> Header:
+    """The first ``HEADER_WORDS`` of the memory in which this incarnation of this segment is expected.
+
+    Raises ``CorruptionError`` when it is not there, or not of this format.
+    """
+    if words[_MAGIC] != MAGIC or words[_CHECKSUM] != _checksum(words):
+        raise CorruptionError("the memory does not begin with a segment's header")
+    if words[_VERSION] != FORMAT_VERSION:
+        raise CorruptionError(f"the segment has format version {words[_VERSION]}, this is {FORMAT_VERSION}")
+    found = words[_ID].to_bytes(8, "little") + words[_ID + 1].to_bytes(8, "little")
+    if (found, words[_INCARNATION], words[_NBYTES]) != (segment_id, incarnation, nbytes):
+        raise CorruptionError(
+            f"expected segment {segment_id.hex()} incarnation {incarnation} of {nbytes} bytes, found "
+            f"{found.hex()} incarnation {words[_INCARNATION]} of {words[_NBYTES]} bytes"
+        )
+    return Header(words[_RECORDS], words[_DATA])
 
 
 def default_records(nbytes: int) -> int:

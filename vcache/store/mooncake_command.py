@@ -17,11 +17,11 @@ LEASE_MS: Final = 5000
 CLIENT_TTL_S: Final = 10
 
 
-def require_mooncake() -> Path:
+def require_mooncake(otherwise: str = "use another store.kind") -> Path:
     """Where Mooncake is installed. Raises ``ConfigError`` when it is not."""
     found = importlib.util.find_spec("mooncake")
     if found is None or found.origin is None:
-        raise ConfigError("Mooncake is not installed; `pip install vcache[mooncake]`, or use another store.kind")
+        raise ConfigError(f"Mooncake is not installed; `pip install vcache[mooncake]`, or {otherwise}")
     return Path(found.origin).parent
 
 

@@ -57,8 +57,8 @@ class Block:
 class Staging:
     """A bounded arena of blocks. Thread-safe."""
 
-    def __init__(self, nbytes: int) -> None:
-        """Raises ``CapacityError`` when the machine has not that much memory to give."""
+    def __init__(self, nbytes: int, *, setting: str = "store.staging_size") -> None:
+        """Raises ``CapacityError``, naming the setting, when the machine has not that much memory to give."""
         self.nbytes: Final = _pages(nbytes)
         self.fd: Final = os.memfd_create("vcache-staging", os.MFD_CLOEXEC)
         try:
@@ -66,9 +66,7 @@ class Staging:
             self._map = mmap.mmap(self.fd, self.nbytes)
         except OSError as error:
             os.close(self.fd)
-            raise CapacityError(
-                f"store.staging_size = {nbytes}: no such memory to be had ({error.strerror})"
-            ) from error
+            raise CapacityError(f"{setting} = {nbytes}: no such memory to be had ({error.strerror})") from error
         #: The whole arena as uint8; its address stays valid until ``close``.
         self.tensor: Final = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self.tensor.data_ptr()

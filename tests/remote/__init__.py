@@ -1,0 +1,1 @@
+"""Tests of segments read across hosts, through a real Mooncake TransferEngine."""

@@ -1,0 +1,86 @@
+"""A donor's side: the companion that offers its segment to other hosts, and what the donor is to announce of it.
+
+The segment is in memory that both map, so a read by another host costs the donor nothing, and a donor that is busy or
+stopped is no hindrance. Torch-free: a stand-alone donor never loads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from vcache.companion.companion import Companion
+from vcache.companion.link import LinkClosedError
+from vcache.failures import FailureLog
+from vcache.remote.engine_choice import engine_environment, engine_setup, require_engine
+from vcache.remote.wire import DECODER, Serve
+
+if TYPE_CHECKING:
+    from vcache.config import VCacheConfig
+    from vcache.memory.base import Memory
+
+logger = logging.getLogger(__name__)
+
+#: Between the end of a companion and the start of the next.
+RESTART_S: Final = 5.0
+
+
+class Offer:
+    """Starts its companion at once and waits for nothing. Thread-safe."""
+
+    def __init__(self, config: VCacheConfig, memory: Memory) -> None:
+        """Raises ``ConfigError`` when the engine is not installed."""
+        require_engine(config)
+        self._config = config
+        self._memory = memory
+        self._failures = FailureLog(logger)
+        self._companion: Companion | None = None
+        self._start_at = 0.0
+        self._lock = threading.Lock()
+        self._closed = False
+        self.announcement()
+
+    def announcement(self) -> bytes:
+        """What to tell other hosts now: nothing, while there is no companion or it is not ready. Never waits."""
+        with self._lock:
+            if self._companion is None and not self._closed and time.monotonic() >= self._start_at:
+                self._companion = self._started()
+            if self._companion is None:
+                return b""
+            try:
+                ready = self._companion.ready()
+            except LinkClosedError as error:
+                self._failures.record("offer a segment to other hosts", error)
+                self._companion.kill()
+                self._companion, self._start_at = None, time.monotonic() + RESTART_S
+                return b""
+            return ready.said if ready is not None else b""
+
+    def close(self) -> None:
+        """Other hosts cannot read the segment any more. Harmless when called twice."""
+        with self._lock:
+            self._closed = True
+            if self._companion is not None:
+                self._companion.kill()
+                self._companion = None
+
+    def _started(self) -> Companion:
+        setup = engine_setup(self._config)
+        memory = self._memory
+        return Companion(
+            "vcache.remote.serving_process",
+            Serve(setup, str(self._config.runtime_path), memory.handle, memory.nbytes),
+            DECODER,
+            fds=(),
+            environment=engine_environment(self._config, setup),
+            lanes=0,
+        )
+
+
+def open_offer(config: VCacheConfig, memory: Memory) -> Offer | None:
+    """The offer of a segment, or ``None``: ``transfer.remote`` is none, or the memory is a GPU's."""
+    if config.transfer.remote == "none" or not memory.device.startswith("cpu"):
+        return None
+    return Offer(config, memory)
