@@ -6,6 +6,8 @@ BIN := .venv/bin
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
+# Request traces that `make bench` replays instead of a generated one; none need be there.
+TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,10 +34,10 @@ format: environment ## Format the code and repair what lint can
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
-bench: environment ## Measure (ARGS="NAME --quick --json FILE")
-	@$(BIN)/vcache bench $(ARGS)
+bench: environment ## Measure; writes bench.json, bench.md and bench-plots/ (ARGS="NAME --quick", TRACES="FILE...")
+	@$(BIN)/vcache bench --json bench.json --markdown bench.md --plots bench-plots $(TRACES:%=--trace=%) $(ARGS)
 
 clean: ## Remove what was built, .venv included
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json bench.md bench-plots
 	find vcache -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

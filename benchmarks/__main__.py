@@ -1,53 +1,101 @@
-"""``python -m benchmarks [NAME…] [--quick] [--json FILE] [--markdown FILE]``: runs, shows, and fails on a missed bar."""
+"""``python -m benchmarks [NAME…]``: runs, shows, writes, and fails on a missed bar."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.measure import Effort, Result
 from benchmarks.report import as_markdown, show, write_json
 
 #: In the order of the table: a module of this package each, with ``run(effort) -> list[Result]``.
-BENCHMARKS = ("pool", "server", "copies")
+BENCHMARKS = ("pool", "server", "evict", "replay", "scale", "copies")
 #: Columns of the table where no terminal says how wide it is.
 PLAIN_WIDTH = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the named benchmarks (all by default). Exit status: 0 all bars met, 1 one missed, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="vcache bench", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)"
-    )
-    parser.add_argument("--quick", action="store_true", help="few rounds: shows that everything runs, not how fast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    names = [name for name in options.names if name in BENCHMARKS]
+    files = [Path(name) for name in options.names if name not in BENCHMARKS]
+    if files and names != ["replay"]:
+        parser.error(
+            f"unknown benchmark {files[0].name!r}; there are: {', '.join(BENCHMARKS)}; files go with replay alone"
+        )
+    traces = [*options.trace, *files]
+    absent = [path for path in traces if not path.is_file()]
+    if absent:
+        parser.error(f"no such trace: {absent[0]}")
     effort = Effort.QUICK if options.quick else Effort.FULL
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
-    progress = Console(stderr=True)
-    results: list[Result] = []
-    for name in options.names or BENCHMARKS:
-        with progress.status(f"measuring {name} …"):
-            results += import_module(f"benchmarks.{name}").run(effort)
+    results = _measured(names or BENCHMARKS, effort, traces)
     show(results, console)
     if options.json:
         write_json(results, options.json)
     if options.markdown:
         options.markdown.write_text(as_markdown(results))
+    if options.plots:
+        from benchmarks.plots import draw
+
+        draw(results, options.plots)
     missed = [r for r in results if r.met is False]
     for r in missed:
         console.print(f"[bold red]missed[/]: {r.benchmark}, {r.case}, {r.contestant}: bar {r.bar}")
     return 1 if missed and effort is Effort.FULL else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vcache bench", description=__doc__)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which to run: {', '.join(BENCHMARKS)} (default: all); after replay, files of traces",
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a trace for replay (may be repeated; default: a generated one)",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that everything runs, not how fast")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw the results as PNG files")
+    return parser
+
+
+def _measured(names: Sequence[str], effort: Effort, traces: Sequence[Path]) -> list[Result]:
+    """The results of the named benchmarks, one after the other; says on stderr where it is."""
+    results: list[Result] = []
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=f"measuring {name} …")
+            progress.console.print(f"measuring {name} …")
+            begin = time.monotonic()
+            run: Callable[..., list[Result]] = import_module(f"benchmarks.{name}").run
+            if name == "replay":
+                run = partial(run, traces=traces)
+            results += run(effort)
+            progress.advance(task)
+            progress.console.print(f"{name}: {time.monotonic() - begin:.0f} s")
+        progress.update(task, description="measured")
+    return results
 
 
 if __name__ == "__main__":

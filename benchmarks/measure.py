@@ -47,7 +47,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant's figure in one case. ``low``/``high`` bound the ratio (or value) at 95% confidence."""
+    """One contestant's figure in one case. ``low``/``high`` bound the ratio (or value) at 95% confidence.
+
+    Cases that differ in one number alone are points of one curve: ``panel`` is what they share, ``size`` the number, ``size_unit``
+    what it counts.
+    """
 
     benchmark: str
     case: str
@@ -60,6 +64,9 @@ class Result:
     low: float | None = None
     high: float | None = None
     bar: Bar | None = None
+    panel: str | None = None
+    size: float | None = None
+    size_unit: str | None = None
 
     @property
     def met(self) -> bool | None:
@@ -116,14 +123,27 @@ def compare(
     bars: dict[str, Bar] | None = None,
 ) -> list[Result]:
     """A result per contestant, each with its paired ratio to ``against``."""
-    results = []
-    for name, own in figures.items():
-        if name == against:
-            results.append(Result(benchmark, case, name, statistics.median(own), spread(own), unit))
-            continue
-        ratio, low, high = paired_ratio(own, figures[against])
-        bar = (bars or {}).get(name)
-        results.append(
-            Result(benchmark, case, name, statistics.median(own), spread(own), unit, ratio, against, low, high, bar)
-        )
-    return results
+    return [
+        Result(benchmark, case, name, statistics.median(own), spread(own), unit)
+        if name == against
+        else judge(benchmark, case, figures, name, unit=unit, against=against, bar=(bars or {}).get(name))
+        for name, own in figures.items()
+    ]
+
+
+def judge(
+    benchmark: str,
+    case: str,
+    figures: dict[str, list[float]],
+    contestant: str,
+    *,
+    unit: str,
+    against: str,
+    bar: Bar | None = None,
+) -> Result:
+    """One contestant's result beside ``against``, both of the same interleaved rounds."""
+    own = figures[contestant]
+    ratio, low, high = paired_ratio(own, figures[against])
+    return Result(
+        benchmark, case, contestant, statistics.median(own), spread(own), unit, ratio, against, low, high, bar
+    )

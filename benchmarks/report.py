@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,15 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
             "against": r.against,
             "bar": None if r.bar is None else str(r.bar),
             "met": r.met,
+            "size": r.size,
         }
         for r in results
     ]
-    return {"machine": machine(), "versions": versions(), "results": rows}
+    return {"machine": machine(), "versions": versions(), "date": _today(), "results": rows}
+
+
+def _today() -> str:
+    return datetime.now(tz=UTC).date().isoformat()
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:

@@ -26,7 +26,8 @@ def memory_of_entries(*, entries: int = 1_000_000, is_chained: bool = True) -> d
     return figures
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024
@@ -52,7 +53,7 @@ def _fill(entries: int, *, is_chained: bool) -> dict[str, Any]:
         return out[0][1] if out else None
 
     term = say(protocol.Hello, protocol.PROTOCOL_VERSION, _HOST, "bench", "cpu:0", True, []).term
-    before = _resident_bytes()
+    before = resident_bytes()
     per_segment = 1 << 20
     for _ in range(-(-entries // (per_segment * 9 // 10))):
         segment = say(
@@ -76,7 +77,7 @@ def _fill(entries: int, *, is_chained: bool) -> dict[str, Any]:
         for run in runs:
             grants = say(protocol.Reserve, b"".join(run), b"", 0, 1, UNIT, 256, 0, 0, 0.0)
             say(protocol.Commit, [placement[2] for placement in protocol.PLACEMENT.iter_unpack(grants.placements)])
-    grown = _resident_bytes() - before
+    grown = resident_bytes() - before
     held = len(service.catalog.index)
     return {"entries": held, "is_chained": is_chained, "bytes": grown, "bytes_per_entry": grown / held}
 
