@@ -11,18 +11,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
 from vcache.keys import ChunkKey
 from vcache.log import KeyText
+from vcache.moving_up import Run
 from vcache.pending import KeyHits, PendingRetrieve, PendingStore
 from vcache.pool.reading import PendingRead, begin_read
 from vcache.pool.writing import PendingWrite, begin_write
+from vcache.prefetch import PrefetchHandle
+from vcache.promotion import PROMOTION_VALUES, Promotion
 from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, Tier
 from vcache.stats import Counters, StatsValue, server_values
 
@@ -36,16 +41,26 @@ logger = logging.getLogger("vcache.engine")
 
 Int64Array = npt.NDArray[np.int64]
 T = TypeVar("T")
+#: How long a removal waits for the chunks that are being promoted at the moment: longer than a part can take.
+PART_PATIENCE_S: Final = 5.0
 
 
 class BlockCache:
     """One rank's way to the pool and the store. Thread-safe; owns neither."""
 
     def __init__(
-        self, client: PoolClient, below: StoreTier | None, *, model: ModelSpec, rank: int, counters: Counters
+        self,
+        client: PoolClient,
+        below: StoreTier | None,
+        promotion: Promotion | None,
+        *,
+        model: ModelSpec,
+        rank: int,
+        counters: Counters,
     ) -> None:
         self._client = client
         self._below = below
+        self._promotion = promotion
         self._model = model
         self._rank = rank
         self._counters = counters
@@ -77,11 +92,15 @@ class BlockCache:
             return 0
         return 1 if self._run_below("contains", [key]) else -1
 
-    def begin_retrieve(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> PendingRetrieve:
-        """Starts to load the leading run of ``keys`` into blocks ``[len(keys), blocks per chunk]`` of ``kv``."""
-        if not self._in_flight.enter():
-            return PendingRetrieve(None, kv, keys, block_ids)
-        pending = PendingRetrieve(self, kv, keys, block_ids)
+    def begin_retrieve(
+        self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array, *, parent: ChunkKey | None, tenant: int
+    ) -> PendingRetrieve:
+        """Starts to load the leading run of ``keys``, consecutive chunks after ``parent``, into blocks ``[len(keys), blocks
+        per chunk]`` of ``kv``."""
+        entered = self._in_flight.enter()
+        pending = PendingRetrieve(self if entered else None, kv, keys, block_ids, parent=parent, tenant=tenant)
+        if not entered:
+            return pending
         try:
             with self._failures.contained("retrieve"):
                 self._read(pending.reads, kv, keys, block_ids)
@@ -100,6 +119,8 @@ class BlockCache:
             if go_on and self._below is not None and pool < len(keys):
                 with self._failures.contained("retrieve"):
                     below = self._below.load(retrieve.kv, keys[pool:], retrieve.block_ids[pool:])
+            with self._failures.contained("promotion"):
+                self._was_hit(retrieve, pool, below)
         finally:
             self._in_flight.leave()
         loaded = pool + below
@@ -152,7 +173,7 @@ class BlockCache:
                     moved.update(self._bytes_by_tier(write.placements) if count else {})
                     if count and self._below is not None:
                         chunks = [part[index] for index in write.granted.tolist()]
-                        self._below.offer(chunks, write.placements, layout=write.layout)
+                        self._below.stored(chunks, write.placements, layout=write.layout)
         finally:
             self._in_flight.leave()
         seconds = time.perf_counter() - started
@@ -160,6 +181,19 @@ class BlockCache:
         self._counters.moved("written", moved, seconds)
         logger.debug("store: stored %d of %d chunks: %s", stored, len(keys), _span(keys))
         return stored
+
+    def prefetch(
+        self, kv: PagedKV, keys: Sequence[ChunkKey], *, parent: ChunkKey | None, tenant: int
+    ) -> PrefetchHandle:
+        """Begins to bring into the pool what the store has of ``keys`` after the pool's run, for tensors like ``kv``."""
+        keys = list(keys)
+        handle = PrefetchHandle(lambda: self._shielded("prefetch", lambda: self._lookup_pool(keys, 0.0)[0], 0))
+        pool = self._shielded("prefetch", lambda: self._lookup_pool(keys, 0.0)[0], len(keys))
+        if self._promotion is None or self._below is None or pool == len(keys):
+            handle.end()
+        else:
+            self._promotion.prefetch(self._run_of(kv, keys, parent=parent, tenant=tenant).beyond(pool), handle)
+        return handle
 
     def release(self, lease: int) -> None:
         """Ends a lease. Asynchronous."""
@@ -174,25 +208,32 @@ class BlockCache:
         """Ends pins; how many."""
         return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in _parts(keys)), 0)
 
-    def remove(self, keys: Sequence[ChunkKey]) -> int:
-        """Removes chunks with all ranks' shards from pool and store; how many the pool had."""
-        removed = self._shielded("remove", lambda: sum(self._client.remove(b"".join(part)) for part in _parts(keys)), 0)
+    def remove(self, keys: Sequence[ChunkKey]) -> int | None:
+        """Removes chunks with all ranks' shards from pool and store; how many the pool had. ``None``: not all confirmed it."""
+        removed = self._remove_from_pool(keys)
         below = self._below
         if below is not None:  # after the pool: what it has no longer cannot be written to the store again
-            self._shielded("remove", lambda: below.remove(keys), None)
-        return removed
+            if not self._shielded("remove", lambda: below.remove(keys), False):
+                removed = None
+            if self._promotion is not None:
+                self._promotion.pause(PART_PATIENCE_S)
+            if self._remove_from_pool(keys) is None:  # what was promoted before the store had lost it
+                removed = None
+        return self._confirmed(removed)
 
-    def clear(self, tenant: int | None) -> int:
-        """Removes a tenant's chunks, or all, from the pool; how many."""
-        return self._shielded("clear", lambda: self._client.clear(tenant), 0)
+    def clear(self, tenant: int | None) -> int | None:
+        """Removes a tenant's chunks, or all, from the pool; how many. ``None``: that was not confirmed."""
+        return self._confirmed(self._shielded("clear", lambda: self._client.clear(tenant), None))
 
     def stats(self) -> dict[str, StatsValue]:
         """Counters and the server's state, by the names of ``vcache/stats.py``."""
         server = self._shielded("stats", self._client.stats, None)
         client = {f"client_{name}": value for name, value in self._client.counters.items()}
         below = self._below.stats() if self._below is not None else {}
+        promotion = self._promotion.stats() if self._promotion is not None else dict.fromkeys(PROMOTION_VALUES, 0)
         return {
             **self._counters.snapshot(),
+            **promotion,
             "failures": self._failures.total,
             **client,
             **server_values(server),
@@ -207,12 +248,48 @@ class BlockCache:
         return not inside
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until what was stored is written to the store below, or dropped: whether that came in time."""
-        return self._below is None or self._below.flush(timeout_s)
+        """Waits until the server has read of all that was stored, and the store below has it, or it was dropped: whether
+        that came in time. For a server that is away it waits as long as a new engine does."""
+        patience_s = min(timeout_s, self._client.config.client.connect_timeout)
+        is_told = self._shielded("flush", lambda: self._client.settle(patience_s), False)
+        is_written = self._below is None or self._below.flush(timeout_s)
+        return is_told and is_written
 
     def _run_below(self, operation: str, keys: Sequence[ChunkKey]) -> int:
         below = self._below
         return self._shielded(operation, lambda: below.run(keys), 0) if below is not None and keys else 0
+
+    def _was_hit(self, retrieve: PendingRetrieve, pool: int, below: int) -> None:
+        """Makes known to the write policy and to promotion what was loaded: ``pool`` chunks, then ``below`` from the store."""
+        run = self._run_of(retrieve.kv, retrieve.keys, parent=retrieve.parent, tenant=retrieve.tenant)
+        if pool:
+            placements = np.concatenate([read.placements for read, _ in retrieve.reads])[:pool]
+            if self._below is not None:
+                self._below.hit(retrieve.keys[:pool], placements, layout=run.layout)
+            if self._promotion is not None:
+                self._promotion.loaded_from_pool(run.first(pool), placements)
+        if below and self._promotion is not None:
+            self._promotion.loaded_from_store(run.first(pool + below).beyond(pool))
+
+    def _run_of(self, kv: PagedKV, keys: Sequence[ChunkKey], *, parent: ChunkKey | None, tenant: int) -> Run:
+        return Run(keys, parent, tenant, kv.payload_bytes(self._model.blocks_per_chunk), kv.payload_layout)
+
+    def _remove_from_pool(self, keys: Sequence[ChunkKey]) -> int | None:
+        """How many it had; ``None``: of some it does not say that they are gone."""
+        removed = 0
+        for part in _parts(keys):
+            count = self._shielded("remove", partial(self._client.remove, b"".join(part)), None)
+            if count is None:
+                return None
+            removed += count
+        return removed
+
+    def _confirmed(self, removed: int | None) -> int | None:
+        """Counts and says a removal that was not confirmed: it must not pass for one that found nothing."""
+        if removed is None:
+            self._counters.add(unconfirmed_removals=1)
+            self._failures.record("remove", UnavailableError("not confirmed by all; some chunks may still be there"))
+        return removed
 
     def _complete_reads(self, reads: Sequence[tuple[PendingRead, bool]]) -> tuple[int, int, Counter[Tier]]:
         """Leading chunks that are valid, chunks that are not any more, and the bytes of the former."""

@@ -97,6 +97,14 @@ class SegmentConfig(Section):
     tier: Literal["auto", "vram", "dram"] = "auto"
 
 
+class PromotionConfig(Section):
+    """What is copied up after it was read from the store, from host memory or from another host."""
+
+    policy: Literal["never", "first_hit", "nth_hit"] = "first_hit"
+    hits: Annotated[Count, Field(ge=1, le=1000)] = 2
+    queue_items: Annotated[Count, Field(ge=1, le=1 << 20)] = 4096
+
+
 class VCacheConfig(BaseSettings):
     """All settings: defaults < YAML file < ``VCACHE_*`` environment < arguments.
 
@@ -119,6 +127,7 @@ class VCacheConfig(BaseSettings):
     segment: SegmentConfig = Field(default_factory=SegmentConfig)
     transfer: TransferConfig = Field(default_factory=TransferConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 

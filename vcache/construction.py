@@ -1,7 +1,9 @@
-"""What an engine is made with, checked before anything is opened: its role, its rank, its device."""
+"""What an engine is made with, checked before anything is opened: role, rank, device; and the wait for the pool after it."""
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING
 
 from vcache.config import DEFAULT_ORIGIN
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from vcache.config import VCacheConfig
     from vcache.keys import ModelSpec
     from vcache.paged_kv import PagedKV
+    from vcache.pool.client import PoolClient
+    from vcache.pool.donor import Donor
+
+logger = logging.getLogger("vcache.engine")
 
 
 def check_construction(config: VCacheConfig, model: ModelSpec, role: str, rank: object, **given: object) -> None:
@@ -47,3 +53,19 @@ def device_of(device: str | torch.device | None, kv: PagedKV | None) -> torch.de
     if given.type != found.type or (given.type == "cuda" and given != found):
         raise ValueError(f"kv_caches is on {found}, device says {given}")
     return given  # torch gives host tensors no ordinal
+
+
+def await_pool(config: VCacheConfig, client: PoolClient, donor: Donor | None) -> None:
+    """Waits for the server, and until it has taken the donated segment, at most ``client.connect_timeout``."""
+    started = time.monotonic()
+    timeout_s = config.client.connect_timeout
+    if not client.wait_available(timeout_s):
+        logger.warning(
+            "no metadata server answered at %s within %g s; this engine is an empty cache until one does",
+            config.endpoint,
+            timeout_s,
+        )
+        return
+    left_s = timeout_s - (time.monotonic() - started)
+    if donor is not None and not donor.wait_registered(max(0.0, left_s)):
+        logger.warning("the donated segment was not taken within %g s; the pool gets it as soon as it can", timeout_s)

@@ -30,14 +30,17 @@ from vcache.arguments import (
 from vcache.block_cache import BlockCache
 from vcache.chunk_plan import plan_chunks
 from vcache.config import DEFAULT_ORIGIN, VCacheConfig
-from vcache.construction import check_construction, device_of
+from vcache.construction import await_pool, check_construction, device_of
 from vcache.devices import device_name
 from vcache.donation import donation_bytes, open_donation
 from vcache.keys import ChunkKey, ModelSpec, chunk_keys, parse_key, tenant_of
 from vcache.kv_tensors import KVTensors, promised_payload_bytes
 from vcache.log import configure
+from vcache.moving_up import MovesUp
 from vcache.pending import KeyHits, PendingRetrieve, PendingStore
 from vcache.pool.client import PoolClient
+from vcache.prefetch import PrefetchHandle
+from vcache.promotion import Promotion
 from vcache.stats import Counters, StatsValue
 from vcache.store_tier import StoreTier, open_store_tier
 
@@ -53,6 +56,8 @@ Int64Array = npt.NDArray[np.int64]
 CLOSE_TIMEOUT_S: Final = 10.0
 #: How long ``flush`` waits unless told.
 FLUSH_TIMEOUT_S: Final = 60.0
+#: What a removal answers that was not confirmed.
+UNCONFIRMED: Final = -1
 
 
 class VCacheEngine:
@@ -102,6 +107,7 @@ class VCacheEngine:
         )
         self._donor: Donor | None = None
         self._below: StoreTier | None = None
+        self._promotion: Promotion | None = None
         counters = Counters()
         try:
             self._below = open_store_tier(
@@ -110,7 +116,10 @@ class VCacheEngine:
         except BaseException:
             self._client.close()
             raise
-        self._cache = BlockCache(self._client, self._below, model=model, rank=rank, counters=counters)
+        if where is not None:
+            moves = MovesUp(self._client, self._below.store if self._below is not None else None, model, rank)
+            self._promotion = Promotion(moves, self.config.promotion, device=where)
+        self._cache = BlockCache(self._client, self._below, self._promotion, model=model, rank=rank, counters=counters)
         self._closing = threading.Lock()
         self._closed = False
         try:
@@ -126,7 +135,7 @@ class VCacheEngine:
         except BaseException:
             self.close(0.0)
             raise
-        self._await_pool()
+        await_pool(self.config, self._client, self._donor)
 
     # --- the five calls ---------------------------------------------------------------------------------------------
 
@@ -198,12 +207,31 @@ class VCacheEngine:
         plan = plan_chunks(self.model, kv, keys, len(tokens), mask=mask, slot_mapping=slot_mapping, offset=0)
         check_distinct("slot_mapping", plan.block_ids)
         pin_s = pin_seconds(pin)
-        chunks = self._cache.begin_retrieve(kv, plan.keys, plan.block_ids).complete()
+        pending = self._cache.begin_retrieve(kv, plan.keys, plan.block_ids, parent=plan.parent, tenant=tenant_of(salt))
+        chunks = pending.complete()
         if pin_s and chunks:
             self._cache.pin(plan.keys[:chunks], pin_s)
         loaded = torch.zeros(len(tokens), dtype=torch.bool)
         loaded[plan.skipped_tokens : plan.skipped_tokens + chunks * self.model.chunk_size] = True
         return loaded
+
+    def prefetch(
+        self,
+        tokens: Tokens,
+        kvcaches: KVCaches | PagedKV | None = None,
+        *,
+        salt: str = "",
+        extra_keys: Sequence[str | bytes] = (),
+    ) -> PrefetchHandle:
+        """Begins to bring this rank's part of a prompt from the store into the pool, where the pool's run of it ends.
+
+        kvcaches: tensors of the form that will be loaded into (default: the registered ones); they are not touched.
+
+        In the background, a few chunks at a time; the handle can be waited for, awaited or cancelled.
+        """
+        kv = self._kv_of(kvcaches)
+        keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
+        return self._cache.prefetch(kv, keys, parent=None, tenant=tenant_of(salt))
 
     def contains(self, cache_key: ChunkKey | bytes | str) -> int:
         """Where a chunk is: 0 in the pool, 1 in the store, -1 nowhere. Takes a key or its text form."""
@@ -271,15 +299,30 @@ class VCacheEngine:
         kv, tenant, pin_s = self._kv_of(None), tenant_of(salt), pin_seconds(pin)
         return self._cache.reserve_store(kv, keys, parent=parent, tenant=tenant, pin_s=pin_s)
 
-    def begin_retrieve(self, keys: Sequence[ChunkKey], block_ids: npt.ArrayLike) -> PendingRetrieve:
+    def begin_retrieve(
+        self, keys: Sequence[ChunkKey], block_ids: npt.ArrayLike, parent: ChunkKey | None = None, *, salt: str = ""
+    ) -> PendingRetrieve:
         """Starts to load the leading run of ``keys`` that is there into blocks of the registered tensors.
+
+        ``parent``, ``salt``: as they were stored with; a chunk that is promoted is filed under them.
 
         On a GPU this only enqueues on the current stream. The blocks hold nothing one may use until ``complete``, which
         must be called, has said how many leading chunks are valid.
         """
         kv, blocks = self._blocks_of(keys, block_ids)
         check_distinct("block_ids", blocks)
-        return self._cache.begin_retrieve(kv, keys, blocks)
+        if parent is not None:
+            check_key("parent", parent)
+        return self._cache.begin_retrieve(kv, keys, blocks, parent=parent, tenant=tenant_of(salt))
+
+    def prefetch_keys(
+        self, keys: Sequence[ChunkKey], parent: ChunkKey | None = None, *, salt: str = ""
+    ) -> PrefetchHandle:
+        """As ``prefetch``, for consecutive chunks after ``parent`` and the registered tensors."""
+        check_keys("keys", keys)
+        if parent is not None:
+            check_key("parent", parent)
+        return self._cache.prefetch(self._kv_of(None), keys, parent=parent, tenant=tenant_of(salt))
 
     def pin_keys(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction for ``pin_s`` seconds; how many."""
@@ -292,19 +335,27 @@ class VCacheEngine:
         return self._cache.unpin(keys)
 
     def remove_keys(self, keys: Sequence[ChunkKey]) -> int:
-        """Removes chunks from the pool, then from the store; how many the pool had. Removed from the pool means gone.
+        """Removes chunks from the pool and the store; how many the pool had. Removed from the pool means gone.
 
-        The store forgets what this process wrote; what another process is writing at the moment it may still take.
+        -1: the server or the store did not confirm it in time, so some may still be there. What another process is writing
+        or promoting at the moment may appear after.
         """
         check_keys("keys", keys)
-        return self._cache.remove(keys)
+        removed = self._cache.remove(keys)
+        return UNCONFIRMED if removed is None else removed
 
     def clear(self, *, salt: str | None = None) -> int:
-        """Removes every chunk of the tenant that ``salt`` names, or (None) of all, from the pool; how many."""
-        return self._cache.clear(None if salt is None else tenant_of(salt))
+        """Removes every chunk of the tenant that ``salt`` names, or (None) of all, from the pool; how many.
+
+        -1: the server did not confirm it in time. The store keeps what it has.
+        """
+        removed = self._cache.clear(None if salt is None else tenant_of(salt))
+        return UNCONFIRMED if removed is None else removed
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
-        """Waits until what was stored before is written to the store below the pool, or dropped: whether that came in time."""
+        """A barrier behind what was stored before: when it returns true, any other client finds that in the pool, and the
+        store below has it or it was dropped. False: the server did not answer, or the store was not done in time.
+        """
         return self._cache.flush(checked_seconds("timeout_s", timeout_s))
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -337,25 +388,11 @@ class VCacheEngine:
         kv = self._kv.registered
         return kv.payload_bytes(self.model.blocks_per_chunk) if kv is not None else promised_payload_bytes(self.model)
 
-    def _await_pool(self) -> None:
-        started = time.monotonic()
-        timeout_s = self.config.client.connect_timeout
-        if not self._client.wait_available(timeout_s):
-            logger.warning(
-                "no metadata server answered at %s within %g s; this engine is an empty cache until one does",
-                self.config.endpoint,
-                timeout_s,
-            )
-            return
-        left_s = timeout_s - (time.monotonic() - started)
-        if self._donor is not None and not self._donor.wait_registered(max(0.0, left_s)):
-            logger.warning(
-                "the donated segment was not taken within %g s; the pool gets it as soon as it can", timeout_s
-            )
-
     def _release_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        if self._below is not None:  # first: it reads what it writes from the pool
+        if self._promotion is not None:
+            self._promotion.close(timeout_s / 4)
+        if self._below is not None:  # before the client: it reads what it writes from the pool
             self._below.close(timeout_s / 2)
         if self._donor is not None:
             self._donor.close(max(0.0, deadline - time.monotonic()))

@@ -38,11 +38,22 @@ class KeyHits(NamedTuple):
 class PendingRetrieve:
     """Chunks on their way into the engine's blocks. Nothing may be taken for loaded before ``complete`` says so."""
 
-    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> None:
+    def __init__(
+        self,
+        cache: BlockCache | None,
+        kv: PagedKV,
+        keys: Sequence[ChunkKey],
+        block_ids: Int64Array,
+        *,
+        parent: ChunkKey | None,
+        tenant: int,
+    ) -> None:
         self._cache = cache
         self.kv = kv
         self.keys = keys
         self.block_ids = block_ids
+        self.parent = parent
+        self.tenant = tenant
         self.started = time.perf_counter()
         self._loaded = 0
         #: What was begun, and whether its copies were enqueued without an error.

@@ -31,6 +31,7 @@ ENGINE_COUNTERS: Final = {
     "store_no_space": "chunks that store skipped: no free space in the pool",
     "store_declined": "chunks that store skipped: no segment to write to, or none they fit in",
     "store_lost": "chunks written whose reservation had ended before the commit",
+    "unconfirmed_removals": "removals that the server or the store did not confirm: what was to go may still be there",
 }
 for _tier in ("vram", "dram", "store"):
     for _direction in ("read", "written"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from vcache.heat import Heat
 from vcache.keys import ChunkKey
 from vcache.pool.read_back import Written, read_back
 from vcache.stats import Counters, StatsValue
@@ -41,7 +42,8 @@ def open_store_tier(
     if store is None:
         return None
     writer = None
-    if moves and config.store.write_policy == "all":
+    policy = config.store.write_policy
+    if moves and policy in ("all", "hot"):  # evicted: donors write, workers do not
 
         def count(nbytes: int, seconds: float) -> None:
             counters.add(store_written_bytes=nbytes, store_written_seconds=seconds)
@@ -49,7 +51,8 @@ def open_store_tier(
         writer = WriteBehind(
             store, max_bytes=config.store.queue_bytes, max_items=config.store.queue_items, written=count
         )
-    return StoreTier(store, writer, client, rank=rank, ranks=model.ranks, counters=counters)
+    hot_hits = config.store.hot_hits if policy == "hot" else 0
+    return StoreTier(store, writer, client, rank=rank, ranks=model.ranks, hot_hits=hot_hits, counters=counters)
 
 
 class StoreTier:
@@ -63,10 +66,14 @@ class StoreTier:
         *,
         rank: int,
         ranks: int,
+        hot_hits: int,
         counters: Counters,
     ) -> None:
-        self._store = store
+        """``hot_hits``: in how many hits a chunk is hot and only then written; 0: all are, as they enter the pool."""
+        self.store = store
         self._writer = writer
+        self._hot_hits = hot_hits
+        self._heat = Heat()
         self._client = client
         self._rank = rank
         self._ranks = ranks
@@ -74,9 +81,9 @@ class StoreTier:
 
     def run(self, keys: Sequence[ChunkKey]) -> int:
         """How many of ``keys``, from the first on, the store holds with the shards of all ranks. One batched call."""
-        if not keys or not self._store.available:
+        if not keys or not self.store.available:
             return 0
-        present = self._store.contains(self._all_ranks(keys))
+        present = self.store.contains(self._all_ranks(keys))
         return next((index // self._ranks for index, there in enumerate(present) if not there), len(keys))
 
     def load(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> int:
@@ -84,7 +91,7 @@ class StoreTier:
 
         One batch, or as many as staging memory asks for. On a GPU this waits for the current stream.
         """
-        if not keys or not self._store.available:
+        if not keys or not self.store.available:
             return 0
         started = time.perf_counter()
         if self._ranks > 1:
@@ -93,7 +100,7 @@ class StoreTier:
         loaded = 0
         while loaded < len(keys):
             shards = [Shard(key, self._rank, self._ranks, kv.payload_layout) for key in keys[loaded:]]
-            with self._store.load(shards, [nbytes] * len(shards)) as got:
+            with self.store.load(shards, [nbytes] * len(shards)) as got:
                 run = got.run
                 if run:
                     self._scatter(kv, block_ids[loaded : loaded + run], got, nbytes)
@@ -107,12 +114,21 @@ class StoreTier:
         )
         return loaded
 
-    def offer(self, keys: Sequence[ChunkKey], placements: PlacementArray, *, layout: int) -> None:
-        """Writes this rank's shards of ``keys`` from the pool, where they are at ``placements``: in the background, or not at all.
+    def stored(self, keys: Sequence[ChunkKey], placements: PlacementArray, *, layout: int) -> None:
+        """This rank's shards of ``keys`` entered the pool at ``placements``. ``layout``: ``PagedKV.payload_layout``."""
+        if self._writer is not None and not self._hot_hits:
+            self._offer(keys, placements, layout)
 
-        ``layout``: ``PagedKV.payload_layout`` of the planes they were gathered from.
-        """
-        if self._writer is None:
+    def hit(self, keys: Sequence[ChunkKey], placements: PlacementArray, *, layout: int) -> None:
+        """They were found there and loaded. With the 1st, 2nd, 4th, 8th... time that one becomes hot it is offered to the
+        store, so that one that was dropped has another chance, and one that was not costs next to nothing."""
+        if self._writer is not None and self._hot_hits:
+            due = [index for index, count in enumerate(self._heat.hit(keys)) if _is_due(count, self._hot_hits)]
+            self._offer([keys[index] for index in due], placements[due], layout)
+
+    def _offer(self, keys: Sequence[ChunkKey], placements: PlacementArray, layout: int) -> None:
+        """Has them written from where they are in the pool: in the background, or not at all."""
+        if self._writer is None or not keys:
             return
         numbers = np.unique(placements["segment"]).tolist()
         infos = {number: info for number in numbers if (info := self._client.session.info(number)) is not None}
@@ -125,11 +141,12 @@ class StoreTier:
                 partial(read_back, self._client, written),
             )
 
-    def remove(self, keys: Sequence[ChunkKey]) -> None:
-        """Removes chunks that the pool has no longer. What this process was writing of them is written first."""
+    def remove(self, keys: Sequence[ChunkKey]) -> bool:
+        """Removes chunks that the pool has no longer; whether the store said so. What this process was writing of them is
+        written first."""
         if self._writer is not None:
-            self._writer.flush(self._store.write_timeout_s)
-        self._store.remove(self._all_ranks(keys))
+            self._writer.flush(self.store.write_timeout_s)
+        return self.store.remove(self._all_ranks(keys)) is not None
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until all that was offered is written or dropped: whether that came in time."""
@@ -138,14 +155,14 @@ class StoreTier:
     def stats(self) -> dict[str, StatsValue]:
         """By the names of docs/stores.md, the same ones whether or not this process writes."""
         queue = self._writer.stats() if self._writer is not None else dict.fromkeys(WRITE_BEHIND_VALUES, 0)
-        return {**self._store.stats(), **queue}
+        return {**self.store.stats(), **queue}
 
     def close(self, timeout_s: float) -> None:
         """Writes what is queued, drops what takes too long, closes the store. Harmless when called twice."""
         deadline = time.monotonic() + timeout_s
         if self._writer is not None:
             self._writer.close(timeout_s)
-        self._store.close(max(0.0, deadline - time.monotonic()))
+        self.store.close(max(0.0, deadline - time.monotonic()))
 
     def _scatter(self, kv: PagedKV, block_ids: Int64Array, loaded: Loaded, nbytes: int) -> None:
         from vcache.transfer import scatter  # loads torch
@@ -153,7 +170,7 @@ class StoreTier:
         count = len(block_ids)
         if kv.device.type != "cuda":
             threads = self._client.config.transfer.threads
-            scatter(kv, block_ids, self._store.staging.tensor, loaded.offsets(count), threads=threads)
+            scatter(kv, block_ids, self.store.staging.tensor, loaded.offsets(count), threads=threads)
             return
         import torch
 
@@ -165,3 +182,8 @@ class StoreTier:
 
     def _all_ranks(self, keys: Sequence[ChunkKey]) -> list[Shard]:
         return [Shard(key, rank) for key in keys for rank in range(self._ranks)]
+
+
+def _is_due(hits: int, hot_hits: int) -> bool:
+    times, rest = divmod(hits, hot_hits)
+    return rest == 0 and times & (times - 1) == 0

@@ -39,8 +39,9 @@ def test_without_a_server_an_engine_is_an_empty_cache_until_one_comes(runtime_di
         assert engine.lookup(TOKENS) == 0
         assert loaded(engine) == 0
         assert engine.contains(engine.keys_of(TOKENS)[0]) == -1
-        assert engine.remove_keys(engine.keys_of(TOKENS)) == 0
-        assert engine.clear() == 0
+        assert (engine.remove_keys(engine.keys_of(TOKENS)), engine.clear()) == (-1, -1)
+        assert engine.get_stats()["unconfirmed_removals"] == 2
+        assert not engine.flush(0.05)
         processes.server(config)
         eventually(
             lambda: fetch_stats(config, timeout_s=5).segments != [], "the engine gives its segment to the new server"

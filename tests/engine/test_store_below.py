@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import NUM_BLOCKS
+from tests.engine.conftest import NUM_BLOCKS, eventually
 from tests.engine.kv import BLOCK, CHUNK, fill, model_of, new_tensors, slots_of, wrong_blocks
 from tests.store.mooncake import Mooncake
 from vcache.config import VCacheConfig
@@ -34,7 +34,11 @@ def configured(pool: VCacheConfig, directory: Path) -> Callable[..., VCacheConfi
     directory.parent.mkdir()
 
     def configure(**settings) -> VCacheConfig:
-        return VCacheConfig(runtime_dir=pool.runtime_dir, store={"files": {"directory": str(directory)}, **settings})
+        return VCacheConfig(
+            runtime_dir=pool.runtime_dir,
+            store={"files": {"directory": str(directory)}, **settings},
+            promotion={"policy": "never"},
+        )
 
     return configure
 
@@ -255,6 +259,7 @@ def test_a_flipped_bit_is_a_miss_and_the_file_is_removed(engine, directory):
 @pytest.mark.parametrize("lost", ["store", "mount"])
 def test_a_directory_that_is_gone_is_an_empty_store(engine, directory, lost):
     store_below(engine)
+    eventually(lambda: engine.get_stats()["store_sweeps"] == 1, "the sweep that the first write begins")
     shutil.rmtree(directory if lost == "store" else directory.parent)
     assert engine.lookup(TOKENS) == 0
     assert retrieve(engine) == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -63,7 +64,7 @@ COUNTERS: Final = {
     "misfit_hits": "hits whose payload has another size or layout than the tensors asked for: not served",
     "unmapped_grants": "grants in segments that this process cannot map: given back",
     "refused_marks": "grants whose record was not free in memory: given back",
-    "lost_sources": "copies within the pool whose source had changed by their end: given back",
+    "lost_sources": "copies whose source had changed, or did not deliver, by their end: given back",
     "lost_writes": "writes whose record was no longer the writer's at the commit",
     "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
     "remote_hits": "chunks read from segments of other hosts, and valid",
@@ -78,6 +79,8 @@ MAX_LABEL_CHARS: Final = 256
 #: What a removal may take beyond the liveness deadline, after which a donor that does not answer counts as dead.
 _REMOVAL_EXTRA_S: Final = 5.0
 _STOP_TIMEOUT_S: Final = 5.0
+#: A server that answers heartbeats and no calls is not asked for ever.
+_SETTLE_TRIES: Final = 5
 _NO_HITS: Final = Hits(id=0, term=0, hits=0, lease=0)
 
 Reply = TypeVar("Reply", bound=AnyReply)
@@ -268,14 +271,28 @@ class PoolClient:
         _check_keys(keys)
         return self._count_of(lambda id_, session, term: protocol.Unpin(id_, session, term, keys))
 
-    def remove(self, keys: bytes) -> int:
-        """Removes chunks; how many. Returns once they are gone from memory, too; 0 when that cannot be had in time."""
+    def remove(self, keys: bytes) -> int | None:
+        """Removes chunks; how many. Returns once they are gone from memory, too; ``None`` when that is not said in time."""
         _check_keys(keys)
         return self._removed(lambda id_, session, term: protocol.Remove(id_, session, term, keys))
 
-    def clear(self, tenant: int | None = None) -> int:
+    def clear(self, tenant: int | None = None) -> int | None:
         """Removes every chunk of a tenant, or of all; how many. Returns as ``remove`` does."""
         return self._removed(lambda id_, session, term: protocol.Clear(id_, session, term, tenant or 0, tenant is None))
+
+    def settle(self, timeout_s: float) -> bool:
+        """A round trip behind every commit made so far: whether the server has read them all, within ``timeout_s``.
+
+        It then knows what they are about, and any other client finds it, unless the server was restarted meanwhile.
+        """
+        deadline = time.monotonic() + timeout_s
+        for _ in range(_SETTLE_TRIES):
+            self.commit(self.session.untold())  # what the calls' socket had no room for; said twice it does no harm
+            if self._call(Done, _ask_nothing, lambda reply: reply) is not None:
+                return True
+            if self._is_over or not self.wait_available(max(0.0, deadline - time.monotonic())):
+                return False
+        return False
 
     def stats(self) -> ServerStats | None:
         """The server's state."""
@@ -325,12 +342,12 @@ class PoolClient:
     def _count_of(self, make: MakeRequest) -> int:
         return self._call(Done, make, lambda reply: reply.count) or 0
 
-    def _removed(self, make: MakeRequest) -> int:
+    def _removed(self, make: MakeRequest) -> int | None:
         if not self.available:
             self.count("calls_skipped")
-            return 0
+            return None
         timeout_s = self.background.liveness_s + _REMOVAL_EXTRA_S
-        return self._calls.call_deferred(Done, make, lambda reply: reply.count, timeout_s=timeout_s) or 0
+        return self._calls.call_deferred(Done, make, lambda reply: reply.count, timeout_s=timeout_s)
 
     def _tell(self, message: OneWay) -> None:
         if os.getpid() == self._pid:
@@ -347,6 +364,11 @@ class PoolClient:
             with self._count_lock:  # two threads must not close one descriptor
                 self._alive.unlink()
                 self._alive.close()
+
+
+def _ask_nothing(id_: int, session: bytes, term: int) -> protocol.Unpin:
+    """A request that changes nothing: no chunk has this key."""
+    return protocol.Unpin(id_, session, term, bytes(KEY_BYTES))
 
 
 def _check_keys(keys: bytes) -> None:

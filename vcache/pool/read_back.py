@@ -47,7 +47,8 @@ def read_back(
         try:
             with _aside(use.segment):
                 for index in mine.tolist():
-                    _copy(use.segment.tensor, int(rows["offset"][index]), buffers[index])
+                    start, buffer = int(rows["offset"][index]), buffers[index]
+                    copy_payload(use.segment.tensor[start : start + buffer.nbytes], buffer)
                 valid[mine] = use.segment.matches(
                     rows["record"][mine].astype(np.int64), rows["generation"][mine], keys[mine]
                 )
@@ -56,12 +57,12 @@ def read_back(
     return valid.tolist()
 
 
-def _copy(memory: torch.Tensor, offset: int, buffer: torch.Tensor) -> None:
-    payload = memory[offset : offset + buffer.nbytes]
-    if payload.device.type == "cuda":
-        buffer.copy_(payload)  # waits for it
+def copy_payload(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies uint8 of one size. From and to host memory it is done on return; between GPUs it is enqueued."""
+    if source.device.type == target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())  # torch would bring threads of its own
     else:
-        np.copyto(buffer.numpy(), payload.numpy())  # torch would bring threads of its own
+        target.copy_(source)
 
 
 def _aside(segment: Segment) -> AbstractContextManager[object]:

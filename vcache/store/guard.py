@@ -156,15 +156,19 @@ class GuardedStore:
             answer = self._call("contains", self._readers, work) if entered else None
         return answer or [False] * len(shards)
 
-    def load(self, shards: Sequence[Shard], sizes: Sequence[int]) -> Loaded:
-        """Reads shards whose payloads have ``sizes`` into staging memory, without a further copy."""
+    def load(self, shards: Sequence[Shard], sizes: Sequence[int], *, patience_s: float = 0.0) -> Loaded:
+        """Reads shards whose payloads have ``sizes`` into staging memory, without a further copy.
+
+        ``patience_s``: for what nobody waits for. Such a call waits so long for staging memory, and uses the threads of
+        the writes, so that it keeps no reader waiting.
+        """
         with self._entered() as entered:
             if not entered or not self.available:
                 self._count(store_skipped_calls=1)
                 return Loaded([Got.FAILED] * len(shards), [None] * len(shards))
-            blocks: list[Block | None] = [*self.staging.take(sizes)]
+            blocks: list[Block | None] = [*self.staging.take(sizes, wait_s=patience_s)]
             self._count(store_no_staging=len(shards) - len(blocks))
-            results = self._read(shards[: len(blocks)], blocks)
+            results = self._read(shards[: len(blocks)], blocks, self._writers if patience_s else self._readers)
         return Loaded(results, blocks)
 
     def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
@@ -217,15 +221,14 @@ class GuardedStore:
         self._count(store_full=results.count(Put.FULL), store_failed_writes=results.count(Put.FAILED))
         return results
 
-    def remove(self, shards: Sequence[Shard]) -> int:
-        """As ``Store.remove``; 0 when the store does not answer. A write given up on may still come after this."""
+    def remove(self, shards: Sequence[Shard]) -> int | None:
+        """As ``Store.remove``; ``None`` when the store does not answer. A write given up on may still come after this."""
         if not shards:
             return 0
         timeout_s = self._config.write_timeout
         with self._entered() as entered:
             work = partial(self._store.remove, shards)
-            answer = self._call("remove", self._writers, work, timeout_s=timeout_s) if entered else None
-        return answer or 0
+            return self._call("remove", self._writers, work, timeout_s=timeout_s) if entered else None
 
     def stats(self) -> dict[str, int | bool | str]:
         """``GUARD_VALUES``, and the store's own counters."""
@@ -261,7 +264,7 @@ class GuardedStore:
         closer.close()
         self.staging.close()
 
-    def _read(self, shards: Sequence[Shard], blocks: list[Block | None]) -> list[Got]:
+    def _read(self, shards: Sequence[Shard], blocks: list[Block | None], workers: Workers) -> list[Got]:
         """Fills ``blocks``; puts ``None`` for those that hold nothing or are no longer ours. Retries what is transient."""
         results = [Got.FAILED] * len(shards)
         deadline = time.monotonic() + self._config.timeout
@@ -270,7 +273,7 @@ class GuardedStore:
             asked = [shards[index] for index in left]
             lent = [block for index in left if (block := blocks[index]) is not None]
             work = partial(_one_each, asked, self._store.get_into, [block.tensor for block in lent])
-            answer = self._call("get", self._readers, work, lent, timeout_s=deadline - time.monotonic())
+            answer = self._call("get", workers, work, lent, timeout_s=deadline - time.monotonic())
             for index, got in zip(left, answer or [Got.FAILED] * len(left), strict=True):
                 results[index] = got
                 if answer is None:
