@@ -19,8 +19,7 @@ import torch
 
 from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave
 from vcache.config import VCacheConfig
-from vcache.demo.devices import Device
-from vcache.demo.pool import start_pool
+from vcache.demo.pool import Donation, start_pool
 from vcache.demo.processes import Stage
 from vcache.engine import VCacheEngine
 from vcache.keys import ModelSpec
@@ -36,7 +35,6 @@ TOTAL_BYTES = CHUNKS * CHUNK_BYTES
 ROUNDS = 15
 BARS = {"store": Bar(0.85, Better.HIGHER), "retrieve": Bar(0.85, Better.HIGHER)}
 _CASE = "16 chunks of 32 MiB, scattered blocks of 128 KiB"
-_DEVICE = Device("cpu:0", None)
 
 
 def run(effort: Effort) -> list[Result]:
@@ -46,7 +44,7 @@ def run(effort: Effort) -> list[Result]:
         runtime_dir = stage.directory / "pool"
         runtime_dir.mkdir(mode=0o700)
         config = VCacheConfig(runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE)
-        start_pool(stage, config, [_DEVICE], segment_bytes=3 * TOTAL_BYTES)
+        start_pool(stage, config, [Donation("cpu:0", 3 * TOTAL_BYTES)])
         torch.set_num_threads(default_threads())
         try:
             return _measure(config, effort)

@@ -17,10 +17,10 @@ def demo(
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="With --no-llm: tokens to move, 128 KiB each; whole chunks of 256.")
-    ] = 4096,
+    ] = 2048,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
 ) -> None:
-    """Show two engines sharing a prefix: start a server and donors, compute on one engine, load on the other."""
+    """Show two engines sharing a prefix: computed on one, loaded by the other from its segment, the DRAM tier, Mooncake."""
     from vcache.demo.run import run_demo
 
     raise typer.Exit(run_demo(llm=llm, prompt=prompt, tokens=tokens, json_file=json_file))

@@ -1,4 +1,4 @@
-"""The two devices of the demo: two GPUs, one GPU twice, or two host devices."""
+"""The devices of the demo: two GPUs, one GPU twice, or two host devices; and the host's memory as the tier below."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ class Device(NamedTuple):
     gpu: int | None
 
 
-def two_devices() -> tuple[Device, Device]:
+class Devices(NamedTuple):
+    """Where engine A is, where engine B is, and where the DRAM tier is."""
+
+    first: Device
+    second: Device
+    host: Device
+
+
+def devices_here() -> Devices:
     """What this machine offers."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
-        return Device("cuda:0", 0), Device(f"cuda:{min(1, count - 1)}", min(1, count - 1))
-    return Device("cpu:0", None), Device("cpu:1", None)
+        other = min(1, count - 1)
+        return Devices(Device("cuda:0", 0), Device(f"cuda:{other}", other), Device("cpu:0", None))
+    return Devices(*(Device(f"cpu:{index}", None) for index in range(3)))

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vcache.demo.figures import Bandwidth, DemoReport, EngineFigures, gb_per_s
+from vcache.demo.figures import DemoReport, EngineFigures, gb_per_s
 
 
 class Display:
@@ -45,10 +45,7 @@ class Display:
     def report(self, report: DemoReport) -> None:
         """The figures of every engine, and the verdict."""
         self._console.print(_engines(report))
-        for name, figures in (("store", report.store), ("retrieve", report.retrieve)):
-            if figures is not None:
-                self.note(_bandwidth(name, figures))
-        for line in _verdict(report):
+        for line in _remarks(report):
             self.note(line)
 
 
@@ -58,57 +55,70 @@ def _nothing() -> Iterator[None]:
 
 
 def _engines(report: DemoReport) -> Table:
+    """A line per answer; what only one form of the demo measures has a column only there."""
+    has_model = report.reference is not None
     table = Table(
-        title="What each step did, in tokens of the prompt", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="The prompt's tokens, answer by answer", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.add_column("step", no_wrap=True)
-    for column in ("device", "computed", "loaded", "from", "MiB", "GB/s", "TTFT"):
+    table.add_column("engine", no_wrap=True)
+    for column in ("computed", "loaded"):
         table.add_column(column, justify="right", no_wrap=True)
-    for engine in ([report.reference] if report.reference else []) + report.engines:
-        table.add_row(
-            engine.name,
-            engine.device,
-            str(engine.tokens_computed),
-            str(engine.tokens_loaded),
-            engine.source or "-",
-            *_moved(engine),
-            "-" if engine.ttft_s is None else f"{engine.ttft_s * 1000:.0f} ms",
-        )
+    table.add_column("from", no_wrap=True)
+    for column in ("MiB", "GB/s", "TTFT" if has_model else "of memcpy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("tokens" if has_model else "bytes", no_wrap=True)
+    if report.reference is not None:
+        table.add_row(*_cells(report.reference), "reference")
+    for engine in report.engines:
+        table.add_row(*_cells(engine), "[green]identical[/]" if engine.identical else "[red]NOT identical[/]")
     return table
 
 
-def _moved(engine: EngineFigures) -> tuple[str, str]:
-    moves = [
-        (verb, nbytes, seconds)
-        for verb, nbytes, seconds in (
-            ("out", engine.bytes_stored, engine.store_s),
-            ("in", engine.bytes_loaded, engine.load_s),
+def _cells(engine: EngineFigures) -> tuple[str, ...]:
+    nbytes, seconds = engine.bytes_loaded or engine.bytes_stored, engine.load_s or engine.store_s
+    last = "-"
+    if engine.ttft_s is not None:
+        last = f"{engine.ttft_s * 1000:.0f} ms"
+    elif engine.bandwidth is not None:
+        last = f"{engine.bandwidth.ratio:.2f}"
+    return (
+        engine.name,
+        str(engine.tokens_computed),
+        str(engine.tokens_loaded),
+        engine.place or "-",
+        f"{nbytes / 2**20:.1f}" if nbytes else "-",
+        f"{gb_per_s(nbytes, seconds):.1f}" if nbytes else "-",
+        last,
+    )
+
+
+def _remarks(report: DemoReport) -> Iterator[str]:
+    first, *others = report.engines
+    if report.reference is not None:
+        computing = min(run.ttft_s or 0.0 for run in (report.reference, first))
+        times = ", ".join(
+            f"{computing / run.ttft_s:.1f} from {run.place}" for run in others if run.ttft_s and run.place
         )
-        if nbytes
-    ]
-    return (
-        "\n".join(f"{nbytes / 2**20:.1f} {verb}" for verb, nbytes, _ in moves) or "-",
-        "\n".join(f"{gb_per_s(nbytes, seconds):.1f}" for _, nbytes, seconds in moves) or "-",
+        yield f"time to first token, times shorter than the faster of the runs that computed: {times or '-'}"
+    elif first.bandwidth is not None:
+        yield (
+            f"memcpy is torch copy_ of the same bytes, in turns with each move: {first.bandwidth.threads} threads, "
+            f"medians of {first.bandwidth.rounds} rounds"
+        )
+    for engine in others:
+        if engine.source != engine.expected or engine.tokens_loaded != report.loadable:
+            yield (
+                f"[red]not as it should be[/]: {engine.name} loaded {engine.tokens_loaded} tokens from "
+                f"{engine.place or 'nowhere'}, instead of {report.loadable} from {engine.expected}"
+            )
+    what = (
+        "the tokens generated are those of vLLM without VCache" if report.reference else "every byte is the byte stored"
     )
-
-
-def _bandwidth(name: str, figures: Bandwidth) -> str:
-    return (
-        f"{name}: {figures.gb_s:.2f} GB/s, {figures.ratio:.2f} of memcpy (torch copy_ of the same bytes: "
-        f"{figures.copy_gb_s:.2f} GB/s; {figures.threads} threads, median of {figures.rounds} rounds in turns)"
-    )
-
-
-def _verdict(report: DemoReport) -> Iterator[str]:
-    second = report.engines[-1]
-    if report.reference is not None and second.ttft_s:
-        computing = [run.ttft_s for run in (report.reference, *report.engines[:-1]) if run.ttft_s]
-        yield f"time to first token: {min(computing) / second.ttft_s:.1f} times shorter than the faster of the runs that computed"
-    what = "the tokens generated are those of the run without VCache"
-    if report.reference is None:
-        what = "every byte loaded is the byte that was stored"
     yield f"[green]identical[/]: {what}" if report.identical else f"[red]NOT identical[/]: it is not so that {what}"
-    if report.loaded:
-        yield f"[green]loaded[/]: {report.loaded} of {report.prompt_tokens} prompt tokens came from the segment on {second.source}"
-    else:
-        yield "[red]nothing was loaded[/]: the second engine found nothing in the pool"
+    if report.passed:
+        yield f"[green]loaded[/]: {report.loadable} of {report.prompt_tokens} prompt tokens, from {_listed(others)}"
+
+
+def _listed(engines: list[EngineFigures]) -> str:
+    *places, last = (engine.place for engine in engines)
+    return f"{', '.join(places)} and {last}"

@@ -1,14 +1,13 @@
-"""The demo's pool: a metadata server and a donor for each device, as processes of their own."""
+"""The demo's pool: a metadata server and donors, as processes of their own, and what the server says of them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 from vcache.config import VCacheConfig
-from vcache.demo.devices import Device
-from vcache.demo.processes import Stage
+from vcache.demo.processes import Child, Stage
 from vcache.errors import UnavailableError
 from vcache.protocol import ServerStats
 from vcache.server_query import fetch_stats
@@ -19,40 +18,40 @@ BLOCK_SIZE: Final = 32
 CHUNK_SIZE: Final = 256
 
 
-def demo_config(stage: Stage) -> VCacheConfig:
-    """This machine's settings, except that everything lives in the demo's own directory, and that it is patient.
+class Donation(NamedTuple):
+    """What one donor gives. ``tier``: "vram", "dram", or "auto" by the device."""
 
-    Deadlines of a second are right in production, where a miss costs little; here it would spoil the story.
-    """
-    runtime_dir = stage.directory / "pool"
-    runtime_dir.mkdir(mode=0o700)
-    return VCacheConfig(
-        runtime_dir=str(runtime_dir),
-        chunk_size=CHUNK_SIZE,
-        block_size=BLOCK_SIZE,
-        server={"endpoint": "", "liveness_timeout": PATIENCE_S},
-        client={"call_timeout": PATIENCE_S, "connect_timeout": PATIENCE_S},
-    )
+    device: str
+    nbytes: int
+    tier: str = "auto"
 
 
-def start_pool(stage: Stage, config: VCacheConfig, devices: Sequence[Device], *, segment_bytes: int) -> None:
-    """Starts server and donors, and returns when their segments serve. Raises ``ChildFailed`` or ``UnavailableError``."""
+def start_pool(stage: Stage, config: VCacheConfig, donations: Sequence[Donation]) -> list[Child]:
+    """Starts server and donors, and returns the donors when their segments serve. Raises ``ChildFailed`` or ``UnavailableError``."""
     environment = config.environment()
     stage.start("metadata server", "vram_metadata_server", environment=environment)
-    for index, device in enumerate(devices):
-        arguments = ("donate", "--device", device.name, "--size", str(segment_bytes))
-        stage.start(f"donor {index} on {device.name}", "vcache.cli", *arguments, environment=environment)
+    donors = []
+    for index, (device, nbytes, tier) in enumerate(donations):
+        arguments = ("donate", "--device", device, "--size", str(nbytes), "--tier", tier)
+        donors.append(stage.start(f"donor {index} on {device}", "vcache.cli", *arguments, environment=environment))
+    await_pool(
+        stage,
+        config,
+        lambda stats: [segment.state for segment in stats.segments] == ["serving"] * len(donations),
+        what="the donors' segments to serve",
+    )
+    return donors
 
-    def serving() -> bool:
-        segments = server_stats(config).segments
-        return len(segments) == len(devices) and all(segment.state == "serving" for segment in segments)
+
+def await_pool(stage: Stage, config: VCacheConfig, reached: Callable[[ServerStats], bool], *, what: str) -> None:
+    """Waits until the server says of itself what ``reached`` wants. Raises ``ChildFailed`` or ``UnavailableError``."""
 
     def ready() -> bool:
         with contextlib.suppress(UnavailableError):
-            return serving()
+            return reached(server_stats(config))
         return False
 
-    stage.wait_until(ready, what="the donors' segments to serve", timeout_s=START_TIMEOUT_S)
+    stage.wait_until(ready, what=what, timeout_s=START_TIMEOUT_S)
 
 
 def server_stats(config: VCacheConfig) -> ServerStats:
@@ -60,6 +59,6 @@ def server_stats(config: VCacheConfig) -> ServerStats:
     return fetch_stats(config, timeout_s=1.0)
 
 
-def devices_in_use(stats: ServerStats) -> str:
-    """The devices whose segments hold something."""
-    return ", ".join(sorted({segment.device for segment in stats.segments if segment.records_used}))
+def devices_in_use(stats: ServerStats, tier: str) -> str:
+    """The devices of a tier whose segments hold something."""
+    return ", ".join(sorted({item.device for item in stats.segments if item.tier == tier and item.records_used}))

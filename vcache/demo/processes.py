@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
-import selectors
+import select
 import shutil
 import signal
 import subprocess
@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Self
+
+import msgspec
 
 from vcache.errors import UnavailableError, VCacheError
 
@@ -60,7 +62,7 @@ class Child:
             with log.open("wb") as output:
                 self._process = subprocess.Popen(
                     [*command, f"--report-fd={write_fd}"] if _reports(command) else list(command),
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if _reports(command) else subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=dict(environment),
@@ -76,10 +78,18 @@ class Child:
     def running(self) -> bool:
         return self._process.poll() is None
 
+    def ask(self, request: msgspec.Struct, *, timeout_s: float, on_stage: Callable[[str], None]) -> dict[str, Any]:
+        """Has a child that reports do something; its result. Raises ``ChildFailed``."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: ``result`` says so, with what it printed
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+        return self.result(timeout_s=timeout_s, on_stage=on_stage)
+
     def result(self, *, timeout_s: float, on_stage: Callable[[str], None]) -> dict[str, Any]:
-        """Waits for the child's result, passing on the stages it reports; raises ``ChildFailed``."""
+        """Waits for the child's next result, passing on the stages it reports; raises ``ChildFailed``."""
         deadline = time.monotonic() + timeout_s
-        for line in self._lines(deadline):
+        while (line := self._line(deadline)) is not None:
             message = json.loads(line)
             if "result" in message:
                 return dict(message["result"])
@@ -91,13 +101,21 @@ class Child:
 
     def log_tail(self) -> str:
         """The last lines it printed."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (it printed nothing)"
+        return _tail(self.log)
 
-    def wait(self, timeout_s: float) -> None:
-        """Waits for it to end by itself, at most this long."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+    def finish(self) -> None:
+        """Tells a child that reports that there are no more requests, and waits for it to end by itself; stops any other."""
+        if self._process.stdin is not None:
+            self._close_input()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
+        self.stop()
+
+    def kill(self) -> None:
+        """Ends it without a chance to say a word (SIGKILL)."""
+        self._process.kill()
+        self._process.wait()
+        self.stop()
 
     def stop(self) -> None:
         """Asks it to end, and ends it when it does not; harmless on one that has ended."""
@@ -108,22 +126,36 @@ class Child:
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
+        self._close_input()
         self._pipe.close()
 
-    def _lines(self, deadline: float) -> Iterator[bytes]:
-        """Lines from the pipe until it closes or the deadline passes."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._pipe, selectors.EVENT_READ)
-            while selector.select(max(0.0, deadline - time.monotonic())):
-                data = self._pipe.read(65_536)
-                if not data:
-                    return
-                *lines, self._pending = (self._pending + data).split(b"\n")
-                yield from lines
+    def _close_input(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _line(self, deadline: float) -> bytes | None:
+        """The next line from the pipe; ``None`` when it closes or the deadline passes first."""
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        while b"\n" not in self._pending:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return None
+            data = self._pipe.read(65_536)
+            if not data:
+                return None
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
 
 
 def _reports(command: Sequence[str]) -> bool:
     return any(part.startswith("vcache.demo.") for part in command)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-LOG_TAIL_LINES:]) or "  (it printed nothing)"
 
 
 class Stage:
@@ -143,14 +175,17 @@ class Stage:
     def start(self, name: str, module: str, *arguments: str, environment: Mapping[str, str]) -> Child:
         """Starts ``python -m module arguments`` under exactly the ``VCACHE_*`` variables given."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("VCACHE_")}
-        child = Child(
-            name,
-            [sys.executable, "-m", module, *arguments],
-            environment={**inherited, **environment},
-            log=self.directory / f"{name.replace(' ', '-')}.log",
-        )
+        return self.run(name, [sys.executable, "-m", module, *arguments], environment={**inherited, **environment})
+
+    def run(self, name: str, command: Sequence[str], *, environment: Mapping[str, str]) -> Child:
+        """Starts a command under exactly this environment."""
+        child = Child(name, command, environment=environment, log=self.directory / f"{name.replace(' ', '-')}.log")
         self._children.append(child)
         return child
+
+    def logs(self) -> str:
+        """The last lines that each process printed, those that have ended included."""
+        return "\n".join(f"{path.stem}:\n{_tail(path)}" for path in sorted(self.directory.glob("*.log")))
 
     def wait_until(self, ready: Callable[[], bool], *, what: str, timeout_s: float) -> None:
         """Waits for a state of the processes; raises ``ChildFailed`` when one of them ends meanwhile."""
@@ -160,15 +195,19 @@ class Stage:
                 if not child.running:
                     raise ChildFailed(f"{child.name} ended while waiting for {what}\n{child.log_tail()}")
             if time.monotonic() > deadline:
-                logs = "\n".join(f"{child.name}:\n{child.log_tail()}" for child in self._children)
-                raise UnavailableError(f"{what}: not within {timeout_s:g} s\n{logs}")
+                raise UnavailableError(f"{what}: not within {timeout_s:g} s\n{self.logs()}")
             time.sleep(0.05)  # polled: readiness lies in another process's state
 
-    def finished(self, child: Child) -> None:
+    def finish(self, child: Child) -> None:
         """Lets a child whose work is done take its leave of the pool."""
-        child.wait(STOP_TIMEOUT_S)
-        child.stop()
+        child.finish()
         self._children.remove(child)
+
+    def kill(self, children: Sequence[Child]) -> None:
+        """Ends children without a chance to say a word."""
+        for child in children:
+            child.kill()
+            self._children.remove(child)
 
     def close(self) -> None:
         """Stops the children, last started first, and removes the directory; harmless when done before."""

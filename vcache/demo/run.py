@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from vcache.demo.devices import two_devices
+from vcache.demo.devices import devices_here
 from vcache.demo.display import Display
 from vcache.demo.figures import DemoReport
 from vcache.demo.llm import run_llm
@@ -15,7 +15,7 @@ from vcache.demo.plain import run_plain
 from vcache.demo.processes import Stage, termination_as_interrupt
 from vcache.demo.prompt import read_prompt
 
-DEFAULT_PLAIN_TOKENS = 4096
+DEFAULT_PLAIN_TOKENS = 2048
 
 
 def run_demo(
@@ -26,7 +26,7 @@ def run_demo(
     json_file: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Runs the demo, printing as it goes; 0 when what came out is right and something was loaded, else 1.
+    """Runs the demo, printing as it goes; 0 when what came out is right and came from where it should, else 1.
 
     llm: with real engines and the text in ``prompt``; otherwise two plain processes move ``tokens`` tokens' KV.
     json_file: where the figures go, whatever the verdict.
@@ -36,11 +36,13 @@ def run_demo(
     """
     display = Display(console or Console())
     with termination_as_interrupt(), Stage() as stage:
-        devices = two_devices()
+        devices = devices_here()
         if llm:
             report = run_llm(stage, display, devices, read_prompt(prompt))
         else:
             report = run_plain(stage, display, devices, tokens)
+        if not report.passed:
+            display.note(stage.logs())
     display.report(report)
     if json_file is not None:
         write_json(json_file, report)

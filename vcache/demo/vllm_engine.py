@@ -1,8 +1,8 @@
-"""One real vLLM engine as a process of its own: answers one prompt and reports what vLLM itself counted.
+"""One real vLLM engine as a process of its own: answers prompts and reports what vLLM itself counted.
 
-Run as ``python -m vcache.demo.vllm_engine SPEC.json --report-fd=N``. The token counts come from vLLM's own metrics
-(``vllm:prompt_tokens_by_source``) and the time to the first token from its request metrics, never from VCache; only bytes
-and seconds of the transfers are VCache's.
+Run as ``python -m vcache.demo.vllm_engine SPEC.json --report-fd=N``, with questions on standard input. The token counts come
+from vLLM's own metrics (``vllm:prompt_tokens_by_source``) and the time to the first token from its request metrics, never
+from VCache; only bytes and seconds of the transfers are VCache's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from vcache.demo.messages import Reporter
-from vcache.demo.specs import EngineOutcome, EngineSpec
+from vcache.demo.messages import Reporter, requests
+from vcache.demo.moved import await_store, await_written, moved
+from vcache.demo.prompt import RESERVED_IDS
+from vcache.demo.specs import EngineOutcome, EngineSpec, Question
 
 #: Shorter than a chunk, so that it leaves nothing in the pool.
 WARM_UP_TOKENS: Final = 40
@@ -37,32 +39,59 @@ def set_environment(spec: EngineSpec) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[spec.gpu] if visible else str(spec.gpu)
 
 
-def run_engine(spec: EngineSpec, reporter: Reporter) -> EngineOutcome:
-    """Builds the model if it is not there yet, starts the engine, and answers the prompt once."""
-    if not Path(spec.model).exists():
-        reporter.stage("building the model")
-        from vcache.demo.model import build_model
+class Engine:
+    """vLLM, warmed up. Builds the model first if it is not there yet."""
 
-        build_model(Path(spec.model))
-    reporter.stage("starting vLLM")
-    llm, sampling = _start(spec)
-    reporter.stage("warming up")
-    llm.generate([{"prompt_token_ids": _warm_up_prompt(spec)}], sampling, use_tqdm=False)
-    before = _tokens_by_source(llm)
-    reporter.stage("answering the prompt")
-    output = llm.generate([{"prompt_token_ids": spec.prompt}], sampling, use_tqdm=False)[0]
-    after = _tokens_by_source(llm)
-    return EngineOutcome(
-        tokens=list(output.outputs[0].token_ids),
-        ttft_s=output.metrics.first_token_latency,
-        cached_tokens=output.num_cached_tokens,
-        sources={name: after[name] - before.get(name, 0) for name in after},
-        transfers=_transfers() if spec.connector is not None else {},
-    )
+    def __init__(self, spec: EngineSpec, reporter: Reporter) -> None:
+        if not Path(spec.model).exists():
+            reporter.stage("building the model")
+            from vcache.demo.model import build_model
+
+            build_model(Path(spec.model))
+        reporter.stage("starting vLLM")
+        self._llm = _start(spec)
+        self._shares = spec.connector is not None
+        reporter.stage("warming up")
+        self.generate(list(range(RESERVED_IDS, RESERVED_IDS + WARM_UP_TOKENS)), max_tokens=8)
+        if self._shares:
+            await_store(self._figures)
+
+    def answer(self, question: Question) -> EngineOutcome:
+        """Answers as if it never saw the prompt; returns once what it stored has reached the store below the pool too."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM would not forget earlier prompts")
+        sources, figures = self._tokens_by_source(), self._figures()
+        output = self.generate(question.prompt, max_tokens=question.max_tokens)
+        if self._shares:
+            await_written(self._figures)
+        now = self._tokens_by_source()
+        return EngineOutcome(
+            tokens=list(output.outputs[0].token_ids),
+            ttft_s=output.metrics.first_token_latency,
+            sources={name: now[name] - sources.get(name, 0) for name in now},
+            moved=moved(figures, self._figures()) if self._shares else None,
+        )
+
+    def generate(self, prompt: list[int], *, max_tokens: int) -> Any:
+        """VLLM's own result, greedy."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        return self._llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+
+    def _tokens_by_source(self) -> dict[str, int]:
+        return {metric.labels["source"]: metric.value for metric in self._llm.get_metrics() if metric.name == _SOURCES}
+
+    def _figures(self) -> dict[str, Any]:
+        """What the connector in this process counted."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector: Any = get_kv_transfer_group() if self._shares else None
+        return dict(connector.stats()) if connector is not None else {}
 
 
-def _start(spec: EngineSpec) -> tuple[Any, Any]:
-    from vllm import LLM, SamplingParams
+def _start(spec: EngineSpec) -> Any:
+    from vllm import LLM
     from vllm.config import KVTransferConfig
 
     recompute: Literal["recompute"] = "recompute"
@@ -73,7 +102,7 @@ def _start(spec: EngineSpec) -> tuple[Any, Any]:
         kv_load_failure_policy=recompute,
         kv_connector_extra_config=spec.connector,
     )
-    llm = LLM(
+    return LLM(
         model=spec.model,
         dtype="bfloat16",
         seed=0,
@@ -87,23 +116,6 @@ def _start(spec: EngineSpec) -> tuple[Any, Any]:
         disable_log_stats=False,
         kv_transfer_config=transfer or None,
     )
-    return llm, SamplingParams(temperature=0, max_tokens=spec.max_tokens, ignore_eos=True, detokenize=False)
-
-
-def _warm_up_prompt(spec: EngineSpec) -> list[int]:
-    return spec.prompt[:WARM_UP_TOKENS][::-1]
-
-
-def _tokens_by_source(llm: Any) -> dict[str, int]:
-    return {metric.labels["source"]: metric.value for metric in llm.get_metrics() if metric.name == _SOURCES}
-
-
-def _transfers() -> dict[str, Any]:
-    """Bytes and seconds as the connector in this process counted them."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    connector: Any = get_kv_transfer_group()
-    return dict(connector.stats())
 
 
 def main() -> None:
@@ -114,8 +126,11 @@ def main() -> None:
     spec = msgspec.json.decode(arguments.spec.read_bytes(), type=EngineSpec)
     reporter = Reporter(arguments.report_fd)
     set_environment(spec)
-    outcome = run_engine(spec, reporter)
-    reporter.result(msgspec.to_builtins(outcome))
+    engine = Engine(spec, reporter)
+    reporter.result({})
+    for request in requests():
+        reporter.stage("answering")
+        reporter.result(msgspec.to_builtins(engine.answer(msgspec.json.decode(request, type=Question))))
 
 
 if __name__ == "__main__":
