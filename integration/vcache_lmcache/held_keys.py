@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from vcache.keys import ChunkKey
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # each is one of its own
 class _Lease:
     id: int
     keys: Sequence[ChunkKey]
