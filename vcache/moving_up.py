@@ -178,7 +178,7 @@ def _copy(read: PendingRead, write: PendingWrite, nbytes: int) -> None:
 
         write.copy_with(to_one)
 
-    read.copy_with(lambda source, chunks, offsets: from_one(source.tensor, chunks, offsets))
+    read.copy_with(lambda source, chunks, offsets: from_one(source.tensor, chunks, offsets), layout=write.layout)
     for segment in (*read.segments, *write.segments):
         segment.fence()
 

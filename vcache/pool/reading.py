@@ -117,12 +117,11 @@ class PendingRead:
         return [use.segment for _, use in self._uses]
 
     def cut(self, nbytes: int, layout: int) -> int:
-        """Ends the run before the first payload of another size or layout; how many chunks are left."""
-        fits = (self.placements["nbytes"] == nbytes) & self._have_layout(layout)
-        if not fits.all():
-            fitting = int(np.argmin(fits))
-            self._client.count("misfit_hits", self.hits - fitting)
-            self.placements = self.placements[:fitting]
+        """Ends the run before the first payload of another size or layout; how many chunks are left.
+
+        Of other hosts' payloads the layout is known only once they are read: ``copy_with`` is to be told it, too.
+        """
+        self._end_before_misfit((self.placements["nbytes"] == nbytes) & self._have_layout(layout))
         return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
@@ -134,10 +133,7 @@ class PendingRead:
         from vcache.transfer import scatter  # loads torch
         from vcache.transfer.staged import scatter_staged
 
-        fits = (self.placements["nbytes"] == kv.payload_bytes(block_ids.shape[1])) & self._have_layout(
-            kv.payload_layout
-        )
-        self._end_before_misfit(fits)
+        self.cut(kv.payload_bytes(block_ids.shape[1]), kv.payload_layout)
         threads = self._client.config.transfer.threads
         self._copy_here(
             lambda source, chunks, offsets: scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
@@ -149,13 +145,13 @@ class PendingRead:
             layout=kv.payload_layout,
         )
 
-    def copy_with(self, copy_out: CopyOut) -> None:
+    def copy_with(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
         """Copies by a function of the caller, called once per segment, or several times for one of another host.
 
-        Payloads of other hosts are in host memory, valid until the function returns.
+        Payloads of other hosts are in host memory, valid until the function returns. ``layout``: of the payloads wanted.
         """
         self._copy_here(copy_out)
-        self._copy_from_elsewhere(copy_out)
+        self._copy_from_elsewhere(copy_out, layout=layout)
 
     def _copy_here(self, copy_out: CopyOut) -> None:
         for number, use in self._uses:
