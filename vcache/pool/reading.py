@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -20,7 +21,7 @@ from vcache.pool.client import PLACEMENT_DTYPE, PlacementArray, PoolClient
 from vcache.pool.mappings import Use
 from vcache.pool.records import LAYOUT, hold, key_words
 from vcache.pool.segment import Segment
-from vcache.remote.fetch import Fetching
+from vcache.remote.fetch import fetched
 
 if TYPE_CHECKING:
     import torch
@@ -170,23 +171,23 @@ class PendingRead:
         segments = self._client.mappings.remote
         assert segments is not None, "somebody opened these"
         keys = key_words(b"".join(self._keys[: self.hits]))
-        fetching = Fetching(segments, self.placements, self._remote)
-        for batch in fetching.batches():
-            rows = self.placements[batch.chunks]
-            held = hold(batch.rows, rows["generation"], keys[batch.chunks])
-            self._copied[batch.chunks] = True
-            self._held[batch.chunks] = held
-            if layout is not None:
-                fits = np.ones(self.hits, dtype=np.bool_)
-                fits[batch.chunks] = ~held | (batch.rows[:, LAYOUT] == layout)
-                self._end_before_misfit(fits)
-                held &= batch.chunks < self.hits
-            if held.any():
-                copy_out(segments.reader.staging, batch.chunks[held], batch.offsets[held])
-            self._client.count("remote_hits", int(held.sum()))
-            self._client.count("remote_read_bytes", int(rows["nbytes"][held].sum()))
-            if not held.all():
-                break  # what follows is of no use
+        with closing(fetched(segments, self.placements, self._remote)) as batches:
+            for batch in batches:
+                rows = self.placements[batch.chunks]
+                held = hold(batch.rows, rows["generation"], keys[batch.chunks])
+                if layout is not None:
+                    fits = np.ones(self.hits, dtype=np.bool_)
+                    fits[batch.chunks] = ~held | (batch.rows[:, LAYOUT] == layout)
+                    self._end_before_misfit(fits)
+                wanted = held & (batch.chunks < self.hits)
+                if wanted.any():
+                    copy_out(segments.reader.staging, batch.chunks[wanted], batch.offsets[wanted])
+                self._copied[batch.chunks] = True
+                self._held[batch.chunks] = held
+                self._client.count("remote_hits", int(wanted.sum()))
+                self._client.count("remote_read_bytes", int(rows["nbytes"][wanted].sum()))
+                if not wanted.all():
+                    break  # what follows is of no use
         lost = np.isin(self.placements["segment"], list(self._remote)) & ~self._copied[: self.hits]
         self._client.count("remote_lost_hits", int(lost.sum()))
 

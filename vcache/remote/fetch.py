@@ -1,14 +1,13 @@
 """Payloads of other hosts' segments on their way into staging memory, batch by batch, each with the records read after it.
 
-Two batches are under way at once, so that the network is busy while the last batch is copied to where it belongs. A donor
-that does not deliver ends it all: what would follow is of no use to a run of chunks that ends there.
+A donor that does not deliver ends it all: what would follow is of no use to a run of chunks that ends there. One batch at a time:
+the engine keeps a core busy for each read it waits for, and two at once were slower wherever cores were scarce.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vcache.pool.records import RECORD_BYTES
-from vcache.remote.reader import Outcome, Reading
+from vcache.remote.reader import Outcome
 from vcache.remote.wire import Fetch, Stretch
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 Int64Array = npt.NDArray[np.int64]
 #: The deadline is for so many bytes, or for one payload that is larger.
 BATCH_BYTES: Final = 32 << 20
-BATCHES_AT_ONCE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,93 +38,57 @@ class Batch:
     rows: WordArray
 
 
-@dataclass(slots=True)
-class _UnderWay:
-    segment: RemoteSegment
-    chunks: Int64Array
-    blocks: list[Block]
-    reading: Reading
+def fetched(
+    segments: RemoteSegments, placements: PlacementArray, sources: Mapping[int, RemoteSegment]
+) -> Generator[Batch, None, None]:
+    """Those chunks of a run that lie in ``sources``, in about their order, until a donor does not deliver.
 
-
-class Fetching:
-    """One run's chunks that lie on other hosts. Iterate over ``batches`` once; not thread-safe."""
-
-    def __init__(
-        self, segments: RemoteSegments, placements: PlacementArray, sources: Mapping[int, RemoteSegment]
-    ) -> None:
-        """``sources``: the segments on other hosts that ``placements`` (of the run) name."""
-        self._segments = segments
-        self._placements = placements
-        self._todo = deque(_grouped(placements, sources))
-        self._under_way: deque[_UnderWay] = deque()
-
-    def batches(self) -> Iterator[Batch]:
-        """In order, until a donor does not deliver. A batch's memory is valid until the next one is asked for."""
-        ready_at = time.monotonic()
+    A batch's memory is valid until the next one is asked for.
+    """
+    staging = segments.reader.staging
+    todo = deque(_grouped(placements, sources))
+    while todo:
+        segment, chunks = todo.popleft()
+        sizes = placements["nbytes"][chunks].tolist()
+        is_hopeless = sizes[0] >= staging.nbytes  # however long one waits
+        blocks = staging.take(sizes, wait_s=0.0 if is_hopeless else segments.timeout_s)
+        if not blocks:
+            segments.count("remote_no_staging", 1)
+            return
         try:
-            while self._begin_more(patience_s=self._segments.timeout_s) or self._under_way:
-                done = self._under_way[0]
-                outcome = done.reading.outcome(max(0.0, ready_at + self._segments.timeout_s - time.monotonic()))
-                ready_at = time.monotonic()
-                self._under_way.popleft()
-                try:
-                    if outcome is not Outcome.READ:
-                        if outcome is Outcome.FAILED:
-                            self._segments.failed(done.segment)
-                        return
-                    self._segments.delivered(done.segment)
-                    self._begin_more(patience_s=0.0)  # with what this batch leaves; the rest when its memory is free
-                    yield _batch(done)
-                    ready_at = max(ready_at, time.monotonic())
-                finally:
-                    for block in done.blocks:
-                        block.release()
-        finally:
-            for left in self._under_way:  # what is still read keeps its memory by itself
-                left.reading.outcome(0.0)
-                for block in left.blocks:
-                    block.release()
-
-    def _begin_more(self, *, patience_s: float) -> bool:
-        """Begins what can be begun, waiting so long for memory where nothing else is under way; whether anything was."""
-        begun = False
-        while self._todo and len(self._under_way) < BATCHES_AT_ONCE:
-            segment, chunks = self._todo[0]
-            sizes = self._placements["nbytes"][chunks].tolist()
-            staging = self._segments.reader.staging
-            is_hopeless = sizes[0] >= staging.nbytes  # however long one waits
-            blocks = staging.take(sizes, wait_s=0.0 if self._under_way or is_hopeless else patience_s)
-            if not blocks:
-                if patience_s and not self._under_way:
-                    self._segments.count("remote_no_staging", 1)
-                return begun
-            reading = self._segments.reader.begin(self._ask(segment, chunks[: len(blocks)], blocks), blocks)
-            if reading is None:
-                for block in blocks:
-                    block.release()
-                self._todo.clear()
-                return begun
-            self._todo.popleft()
             if len(blocks) < len(chunks):
-                self._todo.appendleft((segment, chunks[len(blocks) :]))
-            self._under_way.append(_UnderWay(segment, chunks[: len(blocks)], blocks, reading))
-            begun = True
-        return begun
+                todo.appendleft((segment, chunks[len(blocks) :]))
+                chunks = chunks[: len(blocks)]
+            if not _read(segments, segment, placements[chunks], blocks):
+                return
+            yield _batch(chunks, blocks)
+        finally:
+            for block in blocks:
+                block.release()
 
-    def _ask(self, segment: RemoteSegment, chunks: Int64Array, blocks: list[Block]) -> Fetch:
-        rows = self._placements[chunks]
-        payloads = zip(rows["offset"].tolist(), rows["record"].tolist(), blocks, strict=True)
-        first, then = [], []
-        for offset, record, block in payloads:
-            first.append(Stretch(offset, block.payload_offset, block.nbytes))
-            then.append(Stretch(segment.record_offset(record, RECORD_BYTES), block.offset, RECORD_BYTES))
-        return Fetch(segment.where.peer, segment.where.address, first, then, blocks=len(blocks))
+
+def _read(segments: RemoteSegments, segment: RemoteSegment, rows: PlacementArray, blocks: list[Block]) -> bool:
+    """Payloads into the blocks, then records into their pages: whether all of it came in time."""
+    first, then = [], []
+    for offset, record, block in zip(rows["offset"].tolist(), rows["record"].tolist(), blocks, strict=True):
+        first.append(Stretch(offset, block.payload_offset, block.nbytes))
+        then.append(Stretch(segment.record_offset(record, RECORD_BYTES), block.offset, RECORD_BYTES))
+    ask = Fetch(segment.where.peer, segment.where.address, first, then, blocks=len(blocks))
+    reading = segments.reader.begin(ask, blocks)
+    if reading is None:
+        return False
+    outcome = reading.outcome(segments.timeout_s)
+    if outcome is Outcome.READ:
+        segments.delivered(segment)
+    elif outcome is Outcome.FAILED:
+        segments.failed(segment)
+    return outcome is Outcome.READ
 
 
 def _grouped(
     placements: PlacementArray, sources: Mapping[int, RemoteSegment]
 ) -> Iterator[tuple[RemoteSegment, Int64Array]]:
-    """The run's remote chunks in stretches of ``BATCH_BYTES``, each divided by segment."""
+    """The run's chunks on other hosts in stretches of ``BATCH_BYTES``, each divided by segment."""
     chunks = np.flatnonzero(np.isin(placements["segment"], list(sources)))
     sizes = placements["nbytes"][chunks].astype(np.int64)
     stretches = (np.cumsum(sizes) - sizes) // BATCH_BYTES
@@ -137,7 +99,6 @@ def _grouped(
             yield sources[number], here[numbers == number]
 
 
-def _batch(done: _UnderWay) -> Batch:
-    rows = np.stack([block.page.numpy()[:RECORD_BYTES].view(np.uint64) for block in done.blocks])
-    offsets = np.array([block.payload_offset for block in done.blocks], dtype=np.int64)
-    return Batch(done.chunks, offsets, rows)
+def _batch(chunks: Int64Array, blocks: list[Block]) -> Batch:
+    rows = np.stack([block.page.numpy()[:RECORD_BYTES].view(np.uint64) for block in blocks])
+    return Batch(chunks, np.array([block.payload_offset for block in blocks], dtype=np.int64), rows)
