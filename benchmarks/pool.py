@@ -1,8 +1,9 @@
-"""Store and retrieve through the pool, the segment in another process, judged against ``copy_`` of the same bytes.
+"""Store and retrieve between paged KV and the cache, judged against ``copy_`` of the same bytes and against the peers.
 
-The whole way of a call of ``VCacheEngine`` is timed: hashing, the server's answer, the copy, validation or commit. ``copy_`` is
-torch's, with as many threads as the engine uses, on faulted-in pages of private memory on one side and of shared memory on the
-other, as the engine's planes and the segment are.
+The whole way of a call is timed. VCache: hashing, the server's answer, the copy to or from a segment that another process
+owns, validation or commit. LMCache: its engine with its LocalCPU backend, all in this process (``benchmarks.lmcache_peer``).
+Mooncake: ``batch_put_from`` and ``batch_get_into`` of memory that is contiguous already, so without any gathering. ``copy_`` is torch's,
+on faulted-in pages of private memory on one side and of shared memory on the other; all have the same number of threads.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count
+from typing import Final, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave
+from benchmarks.lmcache_peer import LMCacheEngine, PagedStorage, lmcache_engine
+from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave, judge
+from benchmarks.mooncake_peer import MooncakeClient, await_room, mooncake
 from vcache.config import VCacheConfig
 from vcache.demo.pool import Donation, start_pool
 from vcache.demo.processes import Stage
@@ -25,97 +32,252 @@ from vcache.engine import VCacheEngine
 from vcache.keys import ModelSpec
 from vcache.transfer.threads import default_threads
 
-CHUNKS = 16
-PLANES = 32
-BLOCK_SIZE = 32
-CHUNK_SIZE = 256
-BYTES_PER_TOKEN_AND_PLANE = 4096
-CHUNK_BYTES = CHUNK_SIZE * PLANES * BYTES_PER_TOKEN_AND_PLANE
-TOTAL_BYTES = CHUNKS * CHUNK_BYTES
-ROUNDS = 15
-BARS = {"store": Bar(0.85, Better.HIGHER), "retrieve": Bar(0.85, Better.HIGHER)}
-_CASE = "16 chunks of 32 MiB, scattered blocks of 128 KiB"
+LAYERS: Final = 32
+BLOCK_SIZE: Final = 32
+CHUNK_SIZE: Final = 256
+BLOCKS_PER_CHUNK: Final = CHUNK_SIZE // BLOCK_SIZE
+MIB: Final = 1 << 20
+ROUNDS: Final = 11
+#: Between two calls: OpenMP's threads spin on for some milliseconds after a parallel region, on cores that others need.
+SETTLE_S: Final = 0.01
+COPY_BAR: Final = Bar(0.90, Better.HIGHER)
+MOONCAKE_BAR: Final = Bar(4, Better.HIGHER)
+COPY, VCACHE, LMCACHE, OVER_TCP, IN_PROCESS = "copy_", "VCache", "LMCache", "Mooncake over tcp", "Mooncake in-process"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Chunks of one size: a model's heads per layer, and how many chunks a call moves."""
+
+    chunk_mib: int
+    heads: int
+    head_size: int
+    counts: tuple[int, ...]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_mib * MIB
+
+    @property
+    def most_bytes(self) -> int:
+        return max(self.counts) * self.chunk_bytes
+
+
+#: 64 chunks of 32 MiB would be 2 GiB for each contestant: more than a small machine has for five.
+SHAPES: Final = (
+    Shape(32, heads=8, head_size=128, counts=(1, 16)),
+    Shape(8, heads=2, head_size=128, counts=(1, 64)),
+    Shape(2, heads=1, head_size=64, counts=(1, 64)),
+)
+QUICK_SHAPES: Final = (Shape(2, heads=1, head_size=64, counts=(4,)),)
+
+Figure = Callable[[], float]
 
 
 def run(effort: Effort) -> list[Result]:
-    """GB/s of store and retrieve, each beside ``copy_`` in its direction."""
+    """GB/s of store and retrieve, case by case."""
     before = torch.get_num_threads()
-    with Stage() as stage:
-        runtime_dir = stage.directory / "pool"
-        runtime_dir.mkdir(mode=0o700)
-        config = VCacheConfig(runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE)
-        start_pool(stage, config, [Donation("cpu:0", 3 * TOTAL_BYTES)])
-        torch.set_num_threads(default_threads())
+    torch.set_num_threads(default_threads())
+    shapes = SHAPES if effort is Effort.FULL else QUICK_SHAPES
+    try:
+        with Stage() as stage:
+            runtime_dir = stage.directory / "pool"
+            runtime_dir.mkdir(mode=0o700)
+            config = VCacheConfig(runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE)
+            most = max(shape.most_bytes for shape in shapes)
+            start_pool(stage, config, [Donation("cpu:0", 3 * most)])
+            results: list[Result] = []
+            for shape in shapes:
+                with _Contest(stage, config, shape) as contest:
+                    for chunks in shape.counts:
+                        for is_scattered in (True, False):
+                            results += contest.measure(chunks, is_scattered=is_scattered, effort=effort)
+            return results
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Contest:
+    """All contestants, ready for chunks of one shape."""
+
+    def __init__(self, stage: Stage, config: VCacheConfig, shape: Shape) -> None:
+        self._stage, self._config, self._shape = stage, config, shape
+        self._blocks = max(shape.counts) * BLOCKS_PER_CHUNK
+        self._ended = ExitStack()
+        # One storage for all contestants; a block holds K and V, as in vLLM's CPU backend.
+        self.storage = torch.zeros(
+            (LAYERS, 2 * self._blocks, BLOCK_SIZE, shape.heads, 2 * shape.head_size), dtype=torch.bfloat16
+        )
+        self.storage.view(torch.int16).random_()
+        self._plain = self.storage.view(-1).view(torch.uint8)[: shape.most_bytes]
+        self._shared = _shared_memory(shape.most_bytes)
+
+    def __enter__(self) -> Self:
+        shape, enter = self._shape, self._ended.enter_context
+        model = ModelSpec(
+            model=f"benchmark of {shape.chunk_mib} MiB",
+            dtype="bfloat16",
+            num_layers=LAYERS,
+            num_kv_heads=shape.heads,
+            head_size=shape.head_size,
+            block_size=BLOCK_SIZE,
+            chunk_size=CHUNK_SIZE,
+        )
+        planes = list(self.storage.unbind(0))
         try:
-            return _measure(config, effort)
-        finally:
-            torch.set_num_threads(before)
+            self._vcache = enter(VCacheEngine(self._config, model=model, kv_caches=planes))
+            nbytes = 2 * shape.most_bytes + (64 << 20)
+            self._over_tcp = enter(self._mooncake(nbytes, in_process=False))
+            self._in_process = enter(self._mooncake(nbytes, in_process=True))
+        except BaseException:
+            self._ended.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.close()
+
+    @contextmanager
+    def _mooncake(self, nbytes: int, *, in_process: bool) -> Iterator[MooncakeClient]:
+        with mooncake(self._stage, nbytes=nbytes, in_process=in_process) as client:
+            client.register(self._plain)
+            await_room(client, ["first"], self._plain, self._shape.chunk_bytes)
+            yield client
+            client.unregister(self._plain)
+
+    def measure(self, chunks: int, *, is_scattered: bool, effort: Effort) -> Iterator[Result]:
+        """Both ways of one case."""
+        shape = self._shape
+        blocks = "scattered" if is_scattered else "contiguous"
+        case = f"{chunks} x {shape.chunk_mib} MiB, {blocks} blocks"
+        block_ids: npt.NDArray[np.int64] = np.arange(2 * self._blocks)
+        if is_scattered:
+            block_ids = np.random.default_rng(0).permutation(block_ids)
+        block_ids = block_ids[: chunks * BLOCKS_PER_CHUNK]
+        kv_shape = (LAYERS, 2, CHUNK_SIZE, shape.heads, shape.head_size)
+        storage = PagedStorage(self.storage, block_ids)
+        nbytes = chunks * shape.chunk_bytes
+        with lmcache_engine(
+            kv_shape=kv_shape, chunk_size=CHUNK_SIZE, nbytes=2 * nbytes + (64 << 20), storage=storage
+        ) as lmcache:
+            case_of = _Case(self, lmcache, block_ids, chunks, nbytes)
+            for way, prepare in (("store", case_of.stores), ("retrieve", case_of.retrieves)):
+                rounds = effort.rounds(ROUNDS)
+                figures = interleave({who: _settled(act, nbytes) for who, act in prepare().items()}, rounds=rounds)
+                benchmark = f"pool: {way}"
+                is_judged = shape.chunk_mib == 32
+                bars = {VCACHE: COPY_BAR} if is_judged else None
+                yield from compare(benchmark, case, figures, unit="GB/s", against=COPY, bars=bars)
+                bar = MOONCAKE_BAR if is_judged else None
+                yield judge(benchmark, case, figures, VCACHE, unit="GB/s", against=OVER_TCP, bar=bar)
 
 
-def _measure(config: VCacheConfig, effort: Effort) -> list[Result]:
-    blocks = CHUNKS * CHUNK_SIZE // BLOCK_SIZE
-    shape = (PLANES, 2 * blocks, BLOCK_SIZE * BYTES_PER_TOKEN_AND_PLANE // 2)
-    storage = torch.zeros(shape, dtype=torch.bfloat16)
-    storage.view(torch.int16).random_()
-    planes = list(storage.view(PLANES, 2 * blocks, BLOCK_SIZE, 8, 256).unbind(0))
-    block_ids = np.random.default_rng(0).permutation(2 * blocks)[:blocks]
-    slots = torch.from_numpy((block_ids[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).reshape(-1))
-    tokens = torch.arange(CHUNKS * CHUNK_SIZE)
-    model = ModelSpec(
-        model="benchmark",
-        dtype="bfloat16",
-        num_layers=PLANES,
-        num_kv_heads=8,
-        head_size=128,
-        block_size=BLOCK_SIZE,
-        chunk_size=CHUNK_SIZE,
-    )
-    private = storage.view(-1).view(torch.uint8)[:TOTAL_BYTES]
-    shared = _shared_memory(TOTAL_BYTES)
-    rounds = effort.rounds(ROUNDS)
-    with VCacheEngine(config, model=model, kv_caches=planes) as engine:
-        salts = count()
+class _Case:
+    """The acts of one case; each answers the seconds it took."""
 
-        def store() -> float:
-            salt = f"round {next(salts)}"
-            start = time.perf_counter()
-            engine.store(tokens, slot_mapping=slots, salt=salt)
-            seconds = time.perf_counter() - start
-            if engine.clear(salt=salt) != CHUNKS:
-                raise RuntimeError("the benchmark's pool did not take every chunk")
-            return TOTAL_BYTES / seconds / 1e9
+    def __init__(
+        self, contest: _Contest, lmcache: LMCacheEngine, block_ids: npt.NDArray[np.int64], chunks: int, nbytes: int
+    ) -> None:
+        self._contest, self._lmcache, self._nbytes = contest, lmcache, nbytes
+        self._block_ids, self._chunks = block_ids, chunks
+        slots = block_ids[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        self._slots = torch.from_numpy(slots.reshape(-1))
+        self._tokens = torch.arange(chunks * CHUNK_SIZE)
+        self._names = [f"chunk {at}" for at in range(chunks)]
+        self._rounds = count()
+        self._piece = nbytes // chunks
 
-        stored = interleave({"copy_": _copying(shared, private), "store": store}, rounds=rounds)
-        engine.store(tokens, slot_mapping=slots)
+    def stores(self) -> dict[str, Figure]:
+        """From the engine's blocks into the cache; what was stored is removed again, untimed."""
+        contest, piece, names = self._contest, self._piece, self._names
+        vcache, lmcache = contest._vcache, self._lmcache
+        plain, shared = contest._plain[: self._nbytes], contest._shared[: self._nbytes]
 
-        def retrieve() -> float:
-            start = time.perf_counter()
-            loaded = engine.retrieve(tokens, slot_mapping=slots)
-            seconds = time.perf_counter() - start
-            if not bool(loaded.all()):
-                raise RuntimeError("the benchmark's pool lost a chunk")
-            return TOTAL_BYTES / seconds / 1e9
+        def to_vcache() -> float:
+            salt = f"round {next(self._rounds)}"
+            seconds = _timed(lambda: vcache.store(self._tokens, slot_mapping=self._slots, salt=salt))
+            _expect("VCache's chunks", vcache.clear(salt=salt), self._chunks)
+            return seconds
 
-        before = storage.clone()
-        storage.view(torch.int16)[:, torch.from_numpy(block_ids)] = 0
+        def to_lmcache() -> float:
+            seconds = _timed(lambda: lmcache.store(self._tokens))
+            _expect("LMCache's tokens", lmcache.clear(), self._chunks * CHUNK_SIZE)
+            return seconds
+
+        def put(client: MooncakeClient) -> float:
+            seconds = _timed(lambda: client.put(names, plain, piece))
+            client.clear()
+            return seconds
+
+        return {
+            COPY: lambda: _timed(lambda: shared.copy_(plain)),
+            VCACHE: to_vcache,
+            LMCACHE: to_lmcache,
+            OVER_TCP: lambda: put(contest._over_tcp),
+            IN_PROCESS: lambda: put(contest._in_process),
+        }
+
+    def retrieves(self) -> dict[str, Figure]:
+        """The other way. Checks first that VCache and LMCache bring back what they were given."""
+        contest, piece, names = self._contest, self._piece, self._names
+        vcache, lmcache = contest._vcache, self._lmcache
+        plain, shared = contest._plain[: self._nbytes], contest._shared[: self._nbytes]
+        for client in (contest._over_tcp, contest._in_process):
+            client.put(names, plain, piece)
+        vcache.clear()
+        vcache.store(self._tokens, slot_mapping=self._slots)
+        lmcache.store(self._tokens)
+
+        def from_vcache() -> float:
+            return _timed(lambda: _expect_all("VCache", vcache.retrieve(self._tokens, slot_mapping=self._slots)))
+
+        def from_lmcache() -> float:
+            return _timed(lambda: _expect_all("LMCache", lmcache.retrieve(self._tokens)))
+
+        for who, act in ((VCACHE, from_vcache), (LMCACHE, from_lmcache)):
+            self._check_content(who, act)
+        return {
+            COPY: lambda: _timed(lambda: plain.copy_(shared)),
+            VCACHE: from_vcache,
+            LMCACHE: from_lmcache,
+            OVER_TCP: lambda: _timed(lambda: contest._over_tcp.get(names, plain, piece)),
+            IN_PROCESS: lambda: _timed(lambda: contest._in_process.get(names, plain, piece)),
+        }
+
+    def _check_content(self, who: str, retrieve: Figure) -> None:
+        blocks = self._contest.storage.view(torch.int16)  # of numbers: a NaN is not equal to itself
+        ids = torch.from_numpy(self._block_ids)
+        before = blocks[:, ids]
+        blocks[:, ids] = 0
         retrieve()
-        if not torch.equal(before.view(torch.int16), storage.view(torch.int16)):
-            raise RuntimeError("retrieve did not bring back what store was given")
-        del before
-        retrieved = interleave({"copy_": _copying(private, shared), "retrieve": retrieve}, rounds=rounds)
-    return [
-        *compare("pool: store", _CASE, stored, unit="GB/s", against="copy_", bars=BARS),
-        *compare("pool: retrieve", _CASE, retrieved, unit="GB/s", against="copy_", bars=BARS),
-    ]
+        if not torch.equal(blocks[:, ids], before):
+            raise RuntimeError(f"{who} did not bring back what it was given")
 
 
-def _copying(target: torch.Tensor, source: torch.Tensor) -> Callable[[], float]:
+def _timed(act: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    act()
+    return time.perf_counter() - begin
+
+
+def _settled(act: Figure, nbytes: int) -> Figure:
+    """The act's bytes a second, in GB, taken when other threads have come to rest."""
+
     def figure() -> float:
-        start = time.perf_counter()
-        target.copy_(source)
-        return TOTAL_BYTES / (time.perf_counter() - start) / 1e9
+        time.sleep(SETTLE_S)
+        return nbytes / act() / 1e9
 
     return figure
+
+
+def _expect(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise RuntimeError(f"{what}: {found} instead of {expected}: the benchmark did not do what it says")
+
+
+def _expect_all(who: str, loaded: torch.Tensor) -> None:
+    if not bool(loaded.all()):
+        raise RuntimeError(f"{who} lost a chunk")
 
 
 def _shared_memory(nbytes: int) -> torch.Tensor:
