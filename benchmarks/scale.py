@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.measure import Bar, Better, Effort, Result, spread
+from benchmarks.measure import Effort, Result, spread
 from benchmarks.server_memory import resident_bytes
 from benchmarks.state_machine import Member, StateMachine, without_garbage_collector
 from vcache import protocol
@@ -27,8 +27,6 @@ STEP: Final = 32  # chunks that one prefill step stores: 8,192 tokens
 SAMPLES: Final = 300
 QUICK_SAMPLES: Final = 20
 PAYLOAD_BYTES: Final = 4096
-#: A million entries may cost 1.3 times what a thousand cost.
-FLAT_BAR: Final = Bar(1.3, Better.LOWER)
 
 BY_DONORS, BY_ENTRIES, BY_KEYS = "by donors", "by entries", "by keys a call"
 
@@ -88,7 +86,6 @@ def _results(measured: dict[Point, Measured]) -> Iterator[Result]:
         for operation, samples in figures.operations.items():
             median = statistics.median(samples)
             first = statistics.median(base.operations[operation])
-            is_judged = panel == BY_ENTRIES and operation in ("acquire", "lookup") and point.entries == 1_000_000
             yield Result(
                 "scale: server time",
                 case,
@@ -98,7 +95,6 @@ def _results(measured: dict[Point, Measured]) -> Iterator[Result]:
                 "us",
                 ratio=None if point == smallest[panel] else median / first,
                 against=None if point == smallest[panel] else f"{smallest[panel].size:,} {panel.removeprefix('by ')}",
-                bar=FLAT_BAR if is_judged else None,
                 **place,  # type: ignore[arg-type]
             )
         if panel == BY_ENTRIES:

@@ -14,18 +14,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import zmq
 
+from benchmarks.measure import interleave
 from vcache import protocol
-from vcache.config import VCacheConfig
+from vcache.config import ServerConfig, VCacheConfig
 from vcache.server_query import fetch_stats
 
 CALLS: Final = 400  # in one round
+RUN: Final = 512  # chunks of a prompt
+SILENCE_S: Final = 3600.0
+_CORES: Final = frozenset(os.sched_getaffinity(0))
 UNIT: Final = 4096
 _HOST: Final = b"one host of many"
 _ECHO: Final = """
@@ -56,7 +62,10 @@ class Caller:
         return self._id
 
     def call(self, kind: Any, *fields: Any) -> Any:
-        name = self.tell(kind, *fields)
+        return self.reply(self.tell(kind, *fields))
+
+    def reply(self, name: int) -> Any:
+        """What the server answers to the request of this number."""
         while True:
             reply = protocol.decode_reply(self.socket.recv())
             if reply.id == name:
@@ -95,28 +104,28 @@ class Caller:
 @contextmanager
 def _process(*command: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process on the first core, ended afterwards; this one keeps to the others meanwhile."""
-    cores = os.sched_getaffinity(0)
-    first = {min(cores)}
+    first = {min(_CORES)}
     process = subprocess.Popen(
         [sys.executable, *command],
         env=environment,
         cwd=Path(__file__).resolve().parents[1],
         preexec_fn=lambda: os.sched_setaffinity(0, first),  # noqa: PLW1509 - no threads here yet
     )
-    os.sched_setaffinity(0, cores - first or cores)
+    os.sched_setaffinity(0, _CORES - first or _CORES)
     try:
         yield process
     finally:
         process.terminate()
         process.wait()
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, _CORES)
 
 
 @contextmanager
 def server_and_echo() -> Iterator[tuple[zmq.Context[Any], VCacheConfig, str, int]]:
     """A context, the configuration of a running server, the endpoint of a running echo, and the server's pid."""
     directory = tempfile.mkdtemp(prefix="vcb-", dir="/dev/shm")
-    config = VCacheConfig(runtime_dir=directory, log_level="WARNING")
+    # Clients that wait for their turn send no heartbeats.
+    config = VCacheConfig(runtime_dir=directory, log_level="WARNING", server=ServerConfig(liveness_timeout=SILENCE_S))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VCACHE_")}
     environment |= config.environment()
     echo = f"ipc://{directory}/echo.sock"
@@ -172,93 +181,74 @@ def lookup_against_echo(*, keys: int = 128, rounds: int = 15) -> dict[str, Any]:
     }
 
 
-def acquire_and_release(*, keys: int = 128, entries: int = 1024, rounds: int = 15) -> dict[str, Any]:
-    """Keys a second through acquire + release, all hits, one call at a time, in a pool of ``entries`` chunks."""
-    with server_and_echo() as (context, config, _, pid):
-        caller = Caller(context, config.endpoint)
-        caller.register(records=1 << 20, nbytes=((1 << 20) + 1) * UNIT)
-        runs = []
-        for _ in range(entries // keys):
-            names = [secrets.token_bytes(16) for _ in range(keys)]
-            caller.store(names)
-            runs.append(b"".join(names))
-        rates, busy = [], []
-        for _ in range(rounds + 1):
-            cpu, begin = _cpu_s(pid), time.perf_counter()
-            for at in range(CALLS):
-                reply = caller.call(protocol.Acquire, runs[at * 7919 % len(runs)], 0, 10.0)
-                caller.tell(protocol.Release, reply.lease, [])
-            wall = time.perf_counter() - begin
-            rates.append(keys * CALLS / wall)
-            busy.append((_cpu_s(pid) - cpu) / CALLS * 1e6)
-    return {
-        "keys": keys,
-        "entries": entries,
-        "keys_per_s": statistics.median(rates[1:]),
-        "server_cpu_us_per_call": statistics.median(busy[1:]),
-        "rates": rates[1:],
-    }
+@dataclass(frozen=True)
+class Load:
+    """So many clients, each with one call of so many keys on its way, at a server with so many entries."""
+
+    entries: int
+    keys: int = 128
+    clients: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.entries:,} entries"
 
 
-def reserve_under_pressure(*, keys: int = 128, records: int = 16_384, rounds: int = 15) -> dict[str, Any]:
-    """The state machine's own time per reserved key while the pool is full and every write needs an eviction.
+def acquire_and_release(loads: Sequence[Load], *, rounds: int) -> dict[Load, list[float]]:
+    """Microseconds from one acquired and released run of present keys to the next, round by round.
 
-    Without sockets: reserve, commit, the tick with its evictions, and the donor's ``Retired`` are all counted.
+    All loads in the same rounds; a server for each number of entries, idle while another is asked. With one client this is a
+    call's latency. The clients are sockets of this one thread: more of them keep the server busy, not this machine's cores.
     """
-    from vram_metadata_server.service import Service
-    from vram_metadata_server.settings import ServiceSettings
+    with ExitStack() as servers:
+        pools = {}
+        most = max(load.clients for load in loads)
+        for entries in {load.entries for load in loads}:
+            context, config, _, _ = servers.enter_context(server_and_echo())
+            callers = [Caller(context, config.endpoint, f"bench-{at}") for at in range(most)]
+            pools[entries] = callers, _filled(callers[0], entries)
+        acts = {str(load): _acquiring(load, *pools[load.entries]) for load in loads}
+        figures = interleave(acts, rounds=rounds)
+    return {load: figures[str(load)] for load in loads}
 
-    service = Service(ServiceSettings(), term=1)
-    state = {"id": 0, "now": 0.0}
-    session = bytes(16)
 
-    def say(kind: Any, *fields: Any) -> Any:
-        state["id"] += 1
-        message = protocol.encode(kind(state["id"], session, 0 if kind is protocol.Hello else 1, *fields))
-        out = service.handle(b"r", message, state["now"])
-        return protocol.decode_reply(protocol.encode(out[0][1])) if out else None
+def _filled(caller: Caller, entries: int) -> list[bytes]:
+    """Prompts of ``RUN`` chunks, ``entries`` in all, as blobs of keys."""
+    caller.register(records=1 << 20, nbytes=((1 << 20) + 1) * UNIT)
+    more = max(0, entries - (1 << 20) * 9 // 10)
+    if more:
+        caller.register(records=1 << 20, nbytes=((1 << 20) + 1) * UNIT)
+    runs = []
+    for _ in range(entries // RUN):
+        names = [secrets.token_bytes(16) for _ in range(RUN)]
+        caller.store(names)
+        runs.append(b"".join(names))
+    return runs
 
-    def tick() -> None:
-        while True:
-            for _, orders in service.tick(state["now"], False):
-                for number, items in orders.retire if isinstance(orders, protocol.Orders) else ():
-                    say(protocol.Retired, number, items)
-            if not service.has_work:
-                break
 
-    say(protocol.Hello, protocol.PROTOCOL_VERSION, _HOST, "bench", "cpu:0", True, [])
-    number = say(
-        protocol.RegisterSegment, bytes(16), 1, protocol.Tier.DRAM, "cpu:0", (records + 1) * UNIT, UNIT, records, b"", "", []
-    ).number  # fmt: skip
-    say(protocol.Handover, number, [], True)
-    times, refused, asked = [], 0, 0
-    for at in range(records // keys + rounds * 20):
-        blob = secrets.token_bytes(16 * keys)
+def _acquiring(load: Load, callers: Sequence[Caller], runs: Sequence[bytes]) -> Callable[[], float]:
+    callers = callers[: load.clients]
+    nbytes = load.keys * protocol.KEY_BYTES
+    turns = count()
+
+    def figure() -> float:
         begin = time.perf_counter()
-        grants = say(protocol.Reserve, blob, b"", 0, 1, UNIT, 256, 0, 0, 0.0)
-        say(protocol.Commit, [placement[2] for placement in protocol.PLACEMENT.iter_unpack(grants.placements)])
-        tick()
-        if at >= records // keys:
-            times.append((time.perf_counter() - begin) / keys * 1e6)
-            refused += grants.outcomes.count(protocol.Outcome.NO_SPACE)
-            asked += keys
-        state["now"] += 0.01
-    return {"keys": keys, "us_per_key": statistics.median(times), "refused_fraction": refused / asked}
+        for _ in range(CALLS // len(callers)):
+            asked = [c.tell(protocol.Acquire, runs[next(turns) * 7919 % len(runs)][:nbytes], 0, 10.0) for c in callers]
+            for caller, name in zip(callers, asked, strict=True):
+                reply = caller.reply(name)
+                if len(reply.placements) != load.keys * protocol.PLACEMENT.size:
+                    raise RuntimeError("a key is not there")
+                caller.tell(protocol.Release, reply.lease, [])
+        return (time.perf_counter() - begin) / (CALLS // len(callers) * len(callers)) * 1e6
 
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return figure
 
 
 def main() -> None:
-    for figures in (
-        lookup_against_echo(),
-        acquire_and_release(),
-        acquire_and_release(entries=1 << 18),
-        reserve_under_pressure(),
-    ):
-        print({name: value for name, value in figures.items() if not isinstance(value, list)}, flush=True)
+    print({name: value for name, value in lookup_against_echo().items() if not isinstance(value, list)}, flush=True)
+    for load, figures in acquire_and_release([Load(1024), Load(1 << 20)], rounds=15).items():
+        print(load, f"{statistics.median(figures):.1f} us")
 
 
 if __name__ == "__main__":
