@@ -88,6 +88,7 @@ def test_a_donor_that_goes_during_a_read_is_a_miss_within_the_deadline(two, monk
     assert reader.counters["invalid_reads"] == 0, "nobody says that the placements are bad"
 
 
+@pytest.mark.slow
 def test_a_donor_killed_in_the_middle_of_payloads_is_a_miss_and_never_wrong_bytes(two):
     _, donor, writer, reader = two(transfer={"remote_timeout": 3.0, "staging_size": "128MiB"})
     keys = new_keys(24)
@@ -121,6 +122,7 @@ def test_a_hung_donor_costs_one_deadline_and_not_one_per_call(two):
     until(lambda: load(reader, keys) == 5, "the donor is found again")
 
 
+@pytest.mark.slow
 def test_a_donor_that_hung_before_it_was_ever_read_holds_up_nobody(hosts, open_client):
     both: Hosts = hosts(transfer={"remote_timeout": 2.0}, server={"liveness_timeout": 120.0})
     hung = both.donate(both.there)
@@ -141,6 +143,7 @@ def test_a_donor_that_hung_before_it_was_ever_read_holds_up_nobody(hosts, open_c
     assert well.running
 
 
+@pytest.mark.slow
 def test_the_readers_companion_may_be_killed_at_any_time(two):
     _, _, writer, reader = two()
     keys = new_keys(5)
@@ -151,6 +154,7 @@ def test_the_readers_companion_may_be_killed_at_any_time(two):
     assert reader.counters["remote_failures"] == 0, "that was nobody's donor's doing"
 
 
+@pytest.mark.slow
 def test_a_companion_of_the_reader_that_hangs_is_replaced(two):
     _, _, writer, reader = two(transfer={"remote_timeout": 1.0})
     keys = new_keys(5)
@@ -161,6 +165,7 @@ def test_a_companion_of_the_reader_that_hangs_is_replaced(two):
     until(lambda: load(reader, keys) == 5, "a new companion")
 
 
+@pytest.mark.slow
 def test_the_donors_companion_may_be_killed_at_any_time(two):
     _, donor, writer, reader = two(transfer={"remote_timeout": 2.0})
     keys = new_keys(5)
@@ -172,6 +177,7 @@ def test_the_donors_companion_may_be_killed_at_any_time(two):
     until(lambda: load(reader, keys) == 5, "announced anew")
 
 
+@pytest.mark.slow
 def test_a_restarted_server_learns_how_other_hosts_read_the_segment(two):
     both, _, writer, reader = two()
     keys = new_keys(5)

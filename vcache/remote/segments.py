@@ -91,6 +91,7 @@ class RemoteSegments:
         self.reader = RemoteReader(config)
         self.timeout_s: Final = config.transfer.remote_timeout
         self.count = count
+        self._engine = config.transfer.remote
         self._lock = threading.Lock()
         self._entries: dict[Identity, _Entry] = {}
         self._failures = FailureLog(logger)
@@ -171,7 +172,14 @@ class RemoteSegments:
             return entry
         if entry is not None:  # it is read in another way now
             self._drop(_identity(info))
-        entry = self._entries[_identity(info)] = _Entry(info, announcement_of(info.remote) if info.remote else None)
+        where = announcement_of(info.remote) if info.remote else None
+        if where is not None and where.engine != self._engine:
+            self._failures.record(
+                f"read segment {info.segment_id.hex()} of another host",
+                UnavailableError(f"it is offered by {where.engine!r}, transfer.remote is {self._engine!r}"),
+            )
+            where = None
+        entry = self._entries[_identity(info)] = _Entry(info, where)
         return entry
 
     def _advance(self, entry: _Entry) -> None:
