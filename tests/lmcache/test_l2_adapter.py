@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.memory_management import MemoryFormat
 from vcache_lmcache import VCacheL2Adapter
 
+from tests.lmcache.conftest import PATIENT
 from tests.lmcache.objects import Tasks, content, memory_object, object_key, open_adapter
 from tests.pool.payloads import until
 from tests.support.processes import Child, Processes
@@ -18,10 +20,11 @@ from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
 
 OpenAdapter = Callable[..., VCacheL2Adapter]
+StartServer = Callable[..., tuple[VCacheConfig, Child]]
 
 
 @pytest.fixture
-def open_l2(server: Child) -> Iterator[OpenAdapter]:
+def open_l2(runtime_dir) -> Iterator[OpenAdapter]:
     opened: list[VCacheL2Adapter] = []
 
     def open_one(**options: object) -> VCacheL2Adapter:
@@ -38,7 +41,7 @@ def _until_found(tasks: Tasks, keys: list[ObjectKey]) -> None:
 
 
 @pytest.fixture
-def adapter(open_l2: OpenAdapter) -> VCacheL2Adapter:
+def adapter(server: Child, open_l2: OpenAdapter) -> VCacheL2Adapter:
     """An adapter that donates the pool's only segment."""
     return open_l2(donate="16MiB")
 
@@ -115,11 +118,18 @@ def test_a_locked_object_outlives_the_pressure_that_evicts_the_others(adapter: V
     stored = memory_object(7, shape=big)
     tasks.store([locked], [stored])
     assert tasks.lookup([locked]) == [1]
-    for index in range(40):
+    fillers = itertools.count()
+
+    def has_pressed() -> bool:
+        index = next(fillers)
         tasks.store([object_key(("filler", index))], [memory_object(index, shape=big)])
+        stats = adapter._pool.stats()
+        return stats is not None and stats.counters["evicted"] > 0  # the least recently used first
+
+    until(has_pressed, "pressure")
     loaded = memory_object(shape=big)
     assert tasks.load([locked], [loaded]) == [1] and content(loaded) == content(stored)
-    assert tasks.lookup([object_key(("filler", 0))]) == [0], "there was no pressure"
+    assert tasks.lookup([object_key(("filler", 0))]) == [0]
     assert adapter.report_status()["locked_keys"] == 1
     adapter.submit_unlock([locked])
     until(lambda: adapter.report_status()["locked_keys"] == 0, "the unlock")
@@ -189,7 +199,7 @@ def test_without_a_server_stores_fail_and_lookups_miss_at_once(runtime_dir) -> N
 
 @pytest.mark.slow
 def test_a_killed_donor_makes_its_objects_misses(
-    open_l2: OpenAdapter, config: VCacheConfig, processes: Processes
+    server: Child, open_l2: OpenAdapter, config: VCacheConfig, processes: Processes
 ) -> None:
     donor = processes.python("-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "16MiB", config=config)
     donor.expect("donating")
@@ -201,6 +211,33 @@ def test_a_killed_donor_makes_its_objects_misses(
     until(lambda: tasks.lookup(keys) == [0] * 3, "the server misses the donor")
     loaded = [memory_object() for _ in keys]
     assert tasks.load(keys, loaded) == [0] * 3
+
+
+@pytest.mark.slow
+def test_a_restarted_server_finds_again_what_donors_hold(
+    start_server: StartServer, open_l2: OpenAdapter, processes: Processes
+) -> None:
+    config, first = start_server(**PATIENT)
+    donor = processes.python("-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "16MiB", config=config)
+    donor.expect("donating")
+    tasks, keys = Tasks(open_l2()), [object_key(index) for index in range(3)]
+    stored = [memory_object(index) for index in range(3)]
+    assert tasks.store(keys, stored).is_successful()
+    first.kill()
+    assert tasks.lookup(keys) == [0] * 3
+    start_server(**PATIENT)
+    _until_found(tasks, keys)
+    loaded = [memory_object() for _ in keys]
+    assert tasks.load(keys, loaded) == [1] * 3
+    assert [content(obj) for obj in loaded] == [content(obj) for obj in stored]
+
+
+def test_a_narrowed_object_keeps_its_length(adapter: VCacheL2Adapter) -> None:
+    tasks, key, stored, loaded = Tasks(adapter), object_key("serde"), memory_object(1), memory_object()
+    stored.set_used_size(1000)
+    tasks.store([key], [stored])
+    assert tasks.load([key], [loaded]) == [1]
+    assert loaded.get_size() == 1000 and bytes(loaded.byte_array) == content(stored)[:1000]
 
 
 @pytest.mark.parametrize(

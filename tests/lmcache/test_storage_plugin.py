@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.storage_manager import StorageManager
+from vcache_lmcache.keys import layout_word
+from vcache_lmcache.storage_plugin import Forms
 
 from tests.lmcache.engines import CHUNK_TOKENS, PROMPT, Engine, metadata, plugin_config
 from tests.pool.payloads import until
 from tests.support.processes import Child, Processes
 from vcache.config import VCacheConfig
+from vcache.protocol import ServerStats
 
 OpenEngine = Callable[..., Engine]
 
@@ -102,10 +108,10 @@ def test_the_asynchronous_calls_answer_the_leading_run(two_engines: tuple[Engine
 def test_pinned_chunks_outlive_the_pressure_that_evicts_the_others(server: Child, open_engine: OpenEngine) -> None:
     engine = open_engine({"donate": "1MiB", "segment": {"records": 64}})
 
-    def held(what: str) -> int:
+    def server_stats() -> ServerStats:
         stats = engine.plugin._pool.stats()
         assert stats is not None
-        return int(getattr(stats, what))
+        return stats
 
     pinned, leased = PROMPT[:CHUNK_TOKENS], PROMPT[CHUNK_TOKENS : 2 * CHUNK_TOKENS]
     unpinned = PROMPT[2 * CHUNK_TOKENS : 3 * CHUNK_TOKENS]
@@ -114,14 +120,20 @@ def test_pinned_chunks_outlive_the_pressure_that_evicts_the_others(server: Child
     (key,) = engine_keys(engine, pinned)
     assert engine.plugin.pin(key)
     assert engine.lmcache.lookup(leased, lookup_id="request", pin=True) == CHUNK_TOKENS
-    for start in range(100):
+    fillers = itertools.count()
+
+    def has_pressed() -> bool:
+        start = next(fillers)
         engine.store(list(range(start, start + CHUNK_TOKENS)))
+        return server_stats().counters["evicted"] > 0  # the least recently used first
+
+    until(has_pressed, "pressure")
     assert engine.lmcache.lookup(pinned) == engine.lmcache.lookup(leased) == CHUNK_TOKENS
-    assert engine.lmcache.lookup(unpinned) == 0, "there was no pressure"
+    assert engine.lmcache.lookup(unpinned) == 0
     engine.lmcache.lookup_unpin("request")
-    until(lambda: held("leases") == 0, "the end of the lookup's lease")
+    until(lambda: server_stats().leases == 0, "the end of the lookup's lease")
     assert engine.plugin.unpin(key) and not engine.plugin.unpin(key)
-    assert held("pins") == 0
+    assert server_stats().pins == 0
 
 
 def test_clear_removes_what_lmcache_stored_of_this_model_and_nothing_else(
@@ -135,6 +147,19 @@ def test_clear_removes_what_lmcache_stored_of_this_model_and_nothing_else(
     assert one.lmcache.lookup(PROMPT) == 0
     assert one.manager.clear(["vcache"]) == len(PROMPT) - CHUNK_TOKENS
     assert other.lmcache.lookup(PROMPT) == len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("use_mla", "kv", "fmt"), [(False, 2, MemoryFormat.KV_2LTD), (True, 1, MemoryFormat.KV_MLA_FMT)]
+)
+def test_a_payload_is_known_by_its_size_and_layout_word(use_mla: bool, kv: int, fmt: MemoryFormat) -> None:
+    forms = Forms(replace(metadata(), use_mla=use_mla, kv_shape=(3, kv, CHUNK_TOKENS, 1, 8)))
+    for tokens in (CHUNK_TOKENS, 5):
+        shape = torch.Size([kv, 3, tokens, 8])
+        word = layout_word([shape], [torch.bfloat16], fmt)
+        assert forms.of(shape.numel() * 2, word) == ([shape], [torch.bfloat16], fmt)
+        assert forms.of(shape.numel() * 2, word + 1) is None
+        assert forms.of(shape.numel() * 2 + 1, word) is None
 
 
 @pytest.mark.slow
