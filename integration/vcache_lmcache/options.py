@@ -12,6 +12,12 @@ from vcache.donation import donation_bytes
 from vcache.errors import ConfigError
 
 _OWN: Final = ("config_file", "device", "donate", "namespace")
+#: Settings that say nothing here, and what to use instead.
+_ELSEWHERE: Final = {
+    "chunk_size": "LMCache's own chunk_size",
+    "block_size": "that of the serving engine",
+    "store": "LMCache's own tiers below (another --l2-adapter, remote_storage_plugins)",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class LMCacheOptions:
         """Reads the options; ``where`` is what the errors call them."""
         if not isinstance(given, Mapping):
             raise ConfigError(f"{where} = {given!r}: must be a mapping of options, such as {{donate: 8GiB}}")
+        for name in _ELSEWHERE.keys() & given.keys():
+            raise ConfigError(f"{where}.{name}: does not apply under LMCache; use {_ELSEWHERE[name]}")
         settings = {name: value for name, value in given.items() if name not in _OWN}
         device, namespace = _text(given, "device", "cpu:0", where), _text(given, "namespace", "", where)
         config_file = _text(given, "config_file", "", where)

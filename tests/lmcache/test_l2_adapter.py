@@ -246,6 +246,8 @@ def test_a_narrowed_object_keeps_its_length(adapter: VCacheL2Adapter) -> None:
         ({"chunk_sise": 128}, "chunk_sise"),
         ({"client": {"call_timeout": "soon"}}, "client.call_timeout"),
         ({"donate": "much"}, "donate = 'much'"),
+        ({"chunk_size": 128}, "adapter_params.chunk_size: does not apply"),
+        ({"store": {"kind": "files"}}, "adapter_params.store: does not apply"),
         ({"namespace": 3}, "adapter_params.namespace = 3"),
         ({"device": "tpu:0"}, "device = 'tpu:0'"),
     ],
