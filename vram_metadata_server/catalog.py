@@ -7,7 +7,8 @@ segment*. Writers' steps are in ``writes.py``, a registration's in ``handover.py
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from vcache.protocol import PLACEMENT, RetireItem
 from vram_metadata_server.counters import Counters
@@ -40,6 +41,8 @@ class Catalog:
         self.reservations = ReservationTable()
         self.segments: dict[int, Segment] = {}  # by number, none that is dropped
         self.segments_version = 0  # changes with the set of segments
+        self._by_host: dict[bytes, list[Segment]] = {}
+        self._by_host_version = 0
         self.retiring: dict[bytes, list[Retiring]] = {}  # pending retires by key
         self.to_order: dict[Segment, None] = {}  # segments with orders not yet sent
         self.incomplete = Expiries()
@@ -47,6 +50,15 @@ class Catalog:
         self.now = 0.0  # of the message or tick being handled
 
     # --- entries come ---------------------------------------------------------------------------------------------
+
+    def segments_of(self, host: bytes) -> Sequence[Segment]:
+        """The segments on a host: requests of a pool of many hosts look at no others."""
+        if self._by_host_version != self.segments_version:
+            by_host: defaultdict[bytes, list[Segment]] = defaultdict(list)
+            for segment in self.segments.values():
+                by_host[segment.info.host].append(segment)
+            self._by_host, self._by_host_version = dict(by_host), self.segments_version
+        return self._by_host.get(host, ())
 
     def admit(self, segment: Segment, info: Reservation) -> Entry:
         """Makes the committed record that ``info`` describes a placement of its key's entry."""

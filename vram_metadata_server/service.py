@@ -171,8 +171,12 @@ class Service:
         for name in request.dead:
             self._proven_dead(session, name)
         attached = set(request.attached)
-        segments = self.catalog.segments
-        unmapped = {n for n in session.told - attached if n in segments and segments[n].info.host == session.host}
+        told = session.told
+        unmapped = {
+            segment.number
+            for segment in self.catalog.segments_of(session.host)
+            if segment.number in told and segment.number not in attached
+        }
         if unmapped:
             session.told -= unmapped
             session.told_version = -1

@@ -53,7 +53,7 @@ class Writes:
         catalog = self._catalog
         keys = split_keys(request.keys)
         _check(request)
-        able = segments_for_write(catalog.segments.values(), writer, request, catalog.settings.placement)
+        able = segments_for_write(catalog.segments_of(writer.host), writer, request, catalog.settings.placement)
         best = able[-1] if able else None
         others = able[:-1]
         standing = self._standing_of_copy if is_for_copy(request) else self._standing
