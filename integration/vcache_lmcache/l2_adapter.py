@@ -142,15 +142,17 @@ class VCacheL2Adapter(L2AdapterInterface):
         return self._loaded.pop(task_id, None)
 
     def _load(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> Bitmap:
+        layouts = [layout_of(obj) for obj in objects]
+
         def target_of(index: int, nbytes: int, layout: int) -> torch.Tensor | None:
             obj = objects[index]
-            if layout != layout_of(obj) or nbytes > obj.get_size():
+            if layout != layouts[index] or nbytes > obj.get_size():
                 return None
             if nbytes < obj.get_size():  # it was stored narrowed, as LMCache's serde does
                 obj.set_used_size(nbytes)
             return flat_bytes(obj)
 
-        loaded = self._pool.load(self._keys.of_objects(keys), target_of)
+        loaded = self._pool.load(self._keys.of_objects(keys), layouts, target_of)
         bitmap = _bitmap(loaded)
         accessed = [key for key, is_loaded in zip(keys, loaded, strict=True) if is_loaded]
         if accessed:

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -22,7 +22,7 @@ from vcache.log import configure
 from vcache.memory.allocation import allocate
 from vcache.pool.client import PoolClient
 from vcache.pool.donor import Donor
-from vcache.pool.reading import Int64Array, begin_read
+from vcache.pool.reading import Int64Array, Source, begin_read
 from vcache.pool.segment import Segment
 from vcache.pool.writing import begin_write
 from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, ServerStats
@@ -97,14 +97,19 @@ class ObjectPool:
                     break
         return hits, lease
 
-    def load(self, keys: Sequence[ChunkKey], target_of: TargetOf) -> list[bool]:
-        """Copies the payloads that are there; which of them were. Only where true may a target be used."""
+    def load(self, keys: Sequence[ChunkKey], layouts: Sequence[int], target_of: TargetOf) -> list[bool]:
+        """Copies the payloads that are there; which of them were. Only where true may a target be used.
+
+        ``layouts``: the layout word that each is expected to have. Of what lies on another host, no other is read.
+        """
         loaded = [False] * len(keys)
         at = gaps = 0
         while at < len(keys) and gaps <= _MAX_GAPS and self.client.available:
-            at += self._load_run(keys, at, target_of, loaded)
-            gaps += 1
-            at += 1  # what ended the run is not there
+            end = _end_of_run(layouts, at)
+            at += self._load_run(keys[at:end], at, layouts[at], target_of, loaded)
+            if at < end:  # what ended the run is not there
+                at += 1
+                gaps += 1
         return loaded
 
     def store(self, objects: Sequence[NewObject]) -> list[Outcome]:
@@ -164,28 +169,28 @@ class ObjectPool:
             memory.close()
             raise
 
-    def _load_run(self, keys: Sequence[ChunkKey], at: int, target_of: TargetOf, loaded: list[bool]) -> int:
-        """Reads the run that begins at ``at``, noting in ``loaded`` what is valid; its length."""
-        part = keys[at : at + MAX_KEYS_PER_CALL]
+    def _load_run(self, part: Sequence[ChunkKey], at: int, layout: int, target_of: TargetOf, loaded: list[bool]) -> int:
+        """Reads the leading run of ``part``, which is at ``at`` in the batch, noting in ``loaded`` what is valid; its length."""
         valid = 0
         fits = [False] * len(part)
         with self.failures.contained("load"):
             read = begin_read(self.client, part, 0)
             sizes = read.placements["nbytes"].tolist()
+            records = read.placements["record"].astype("int64")
 
-            def copy_out(source: Any, chunks: Int64Array, offsets: Int64Array) -> None:
-                if not isinstance(source, Segment):
-                    return  # of another host: what form it has is not known here
-                layouts = source.layouts(read.placements["record"][chunks].astype("int64")).tolist()
-                for chunk, offset, layout in zip(chunks.tolist(), offsets.tolist(), layouts, strict=True):
-                    target = target_of(at + chunk, sizes[chunk], layout)
+            def copy_out(source: Source, chunks: Int64Array, offsets: Int64Array) -> None:
+                layouts = [layout] * len(chunks)
+                if isinstance(source, Segment):
+                    layouts = source.layouts(records[chunks]).tolist()
+                for chunk, offset, said in zip(chunks.tolist(), offsets.tolist(), layouts, strict=True):
+                    target = target_of(at + chunk, sizes[chunk], said)
                     if target is not None:
                         target.copy_(source.tensor[offset : offset + sizes[chunk]])
                         fits[chunk] = True
 
             try:
                 with torch.inference_mode():  # whoever maps a segment first, in that mode or not, it may be copied
-                    read.copy_with(copy_out)
+                    read.copy_with(copy_out, layout=layout)
             finally:
                 valid = read.complete()
         loaded[at : at + valid] = fits[:valid]
@@ -220,6 +225,14 @@ class ObjectPool:
             if write.outcomes:
                 outcomes = write.outcomes
         return outcomes
+
+
+def _end_of_run(layouts: Sequence[int], at: int) -> int:
+    """Where those that one call can read end."""
+    end = at + 1
+    while end < len(layouts) and end - at < MAX_KEYS_PER_CALL and layouts[end] == layouts[at]:
+        end += 1
+    return end
 
 
 def _runs(objects: Sequence[NewObject]) -> Iterator[Sequence[NewObject]]:

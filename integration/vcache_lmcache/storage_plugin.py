@@ -195,7 +195,7 @@ class VCacheBackend(StoragePluginInterface):
 
         chunk_keys = self._keys.of_chunks(keys)
         self._await_puts(chunk_keys)
-        loaded = self._pool.load(chunk_keys, target_of)
+        loaded = self._pool.load(chunk_keys, [self._forms.whole_chunk()] * len(keys), target_of)
         for index, obj in enumerate(objs):
             if obj is not None and not loaded[index]:
                 obj.ref_count_down()
@@ -289,12 +289,22 @@ class Forms:
             prod(shape) * dtype.itemsize for shape, dtype in zip(metadata.get_shapes(1), dtypes, strict=True)
         )
         tokens, rest = divmod(nbytes, token_bytes)
-        shapes = metadata.get_shapes(tokens)
-        fmt = MemoryFormat.KV_MLA_FMT if metadata.use_mla else MemoryFormat.KV_2LTD
-        if rest or layout != layout_word(shapes, dtypes, fmt):
+        form = metadata.get_shapes(tokens), dtypes, _format(metadata)
+        if rest or layout != layout_word(*form):
             return None
-        form = self._known[nbytes, layout] = (shapes, dtypes, fmt)
+        self._known[nbytes, layout] = form
         return form
+
+    def whole_chunk(self) -> int:
+        """The layout word of a chunk with all its tokens."""
+        metadata = self._metadata
+        if metadata is None:
+            return 0
+        return layout_word(metadata.get_shapes(), metadata.get_dtypes(), _format(metadata))
+
+
+def _format(metadata: LMCacheMetadata) -> MemoryFormat:
+    return MemoryFormat.KV_MLA_FMT if metadata.use_mla else MemoryFormat.KV_2LTD
 
 
 def _options(config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> LMCacheOptions:
