@@ -66,9 +66,10 @@ def _curves(ax: Axes, results: Sequence[Result], unit: str) -> None:
     for contestant, points in lines.items():
         sizes = [point.size for point in points]
         medians = [point.median for point in points]
-        halves = [point.spread / 2 for point in points]
-        ax.errorbar(sizes, medians, yerr=halves, marker="o", markersize=4, capsize=2, label=contestant)  # type: ignore[arg-type]
-    ax.set_xscale("log", base=2 if unit == "%" else 10)
+        above = [point.spread / 2 for point in points]
+        below = [min(half, median) for half, median in zip(above, medians, strict=True)]
+        ax.errorbar(sizes, medians, yerr=[below, above], marker="o", markersize=4, capsize=2, label=contestant)  # type: ignore[arg-type]
+    ax.set_xscale("log", base=2 if all(_is_power_of_two(result.size) for result in results) else 10)
     ax.set_xlabel(results[0].size_unit or "")
     ax.set_ylabel(unit)
     ax.set_ylim(bottom=0)
@@ -90,3 +91,7 @@ def _bars(ax: Axes, results: Sequence[Result], unit: str) -> None:
     ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.grid(axis="x", alpha=0.3)
+
+
+def _is_power_of_two(size: float | None) -> bool:
+    return size is not None and size >= 1 and float(size).is_integer() and int(size).bit_count() == 1

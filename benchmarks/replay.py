@@ -143,5 +143,6 @@ def _results(trace: Trace, segments: int, optimum: float, policies: dict[str, Re
             raise RuntimeError(f"{case}: {policy} hits {replayed.hit_rate:.4f}, the optimum is {optimum:.4f}: a bug")
         yield share(policy, replayed.hit_rate)
     for policy, replayed in policies.items():
-        yield point("writes that found no space", policy, [100 * replayed.not_stored_rate], "% of chunks")
+        if replayed.not_stored_rate:
+            yield point("chunks that found no space", policy, [100 * replayed.not_stored_rate], "% of those missing")
         yield point("server time", policy, replayed.us_per_request, "us/request")

@@ -123,7 +123,9 @@ def measure(point: Point, samples: int) -> Measured:
             "tick with nothing to do": pool.machine.tick,
             "a process joins": pool.join,
         }
+        pool.tell_all_of_all()
         times = {name: pool.timed(act, samples) for name, act in operations.items()}
+        times["acquire after a segment joined"] = pool.timed(pool.acquire, samples, before_each=pool.donate)
         times["a donor leaves"] = pool.timed(pool.leave, min(samples, point.donors // 2))
         return Measured(times, grown / point.entries)
 
@@ -160,11 +162,15 @@ class _Pool:
         # Spread as digests are, so that neighbours in a prompt are none in a dictionary.
         return b"".join((at * 0x9E3779B97F4A7C15F39CC0605CEDC835 & (1 << 128) - 1).to_bytes(KEY_BYTES, "little") for at in range(first, first + count))  # fmt: skip
 
-    def timed(self, act: Callable[[], object], samples: int) -> list[float]:
+    def timed(
+        self, act: Callable[[], object], samples: int, *, before_each: Callable[[], object] | None = None
+    ) -> list[float]:
         """Microseconds of the server's time, sample by sample."""
         microseconds = []
         for _ in range(samples):
             self.machine.now += 0.001
+            if before_each is not None:
+                before_each()
             before = self.machine.busy_s
             act()
             microseconds.append((self.machine.busy_s - before) * 1e6)
@@ -175,6 +181,11 @@ class _Pool:
 
     def _member(self) -> Member:
         return self._draw.choice(self._members)
+
+    def tell_all_of_all(self) -> None:
+        """A reply to an acquire or reserve lists segments that the session was not told of yet: all, the first time."""
+        for member in self._members:
+            member.read(self._keys())
 
     def acquire(self) -> None:
         """A run that is there, and its release."""
@@ -201,6 +212,11 @@ class _Pool:
         """A hello, whose answer lists every segment, and the first heartbeat."""
         self._joined += 1
         self.machine.join(f"late-{self._joined}")
+
+    def donate(self) -> None:
+        """One more segment, of which everybody will have to be told."""
+        self._joined += 1
+        self.machine.join(f"late-{self._joined}", host=self._joined).donate(data_bytes=1 << 20, records=64)
 
     def leave(self) -> None:
         """A donor says goodbye; its entries are swept."""
