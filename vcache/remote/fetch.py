@@ -1,7 +1,7 @@
 """Payloads of other hosts' segments on their way into staging memory, batch by batch, each with the records read after it.
 
 A donor that does not deliver ends it all: what would follow is of no use to a run of chunks that ends there. One batch at a time:
-the engine keeps a core busy for each read it waits for, and two at once were slower wherever cores were scarce.
+two at once could hide the copy to the blocks (a sixth of the time over loopback), where there are cores to spare for that.
 """
 
 from __future__ import annotations
