@@ -1,15 +1,15 @@
 """LMCache's keys and what its objects look like, as the pool names them.
 
-A ``ChunkKey`` is the first 16 bytes of SHA-256 over the length-prefixed fields of LMCache's key: all of them, with the
-namespace before them. The layout word of a record says of which form its payload is (dtypes, shapes, format), so that an object
-of another form than the reader expects is a miss, however equal the key.
+A ``ChunkKey`` is 16 bytes of SHA-256 over the fields of LMCache's key, all of them, with their lengths, and the namespace.
+The layout word of a record says of which form its payload is (dtypes, shapes, format), so that an object of another form
+than the reader expects is a miss, however equal the key.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Final
+from hashlib import sha256
+from typing import Final, cast
 
 import torch
 from lmcache.utils import CacheEngineKey
@@ -26,7 +26,10 @@ _LAYOUT_BYTES: Final = 8
 
 
 class KeyMaker:
-    """The pool's keys for LMCache's. Thread-safe."""
+    """The pool's keys for LMCache's. Thread-safe.
+
+    What a batch's keys have in common is hashed once: its 32 bytes, and LMCache's hash of the chunk, make the key.
+    """
 
     def __init__(self, namespace: str) -> None:
         self._object = _field(_OBJECT_DOMAIN) + _field(namespace)
@@ -34,28 +37,27 @@ class KeyMaker:
 
     def of_objects(self, keys: Sequence[ObjectKey]) -> list[ChunkKey]:
         """Keys of MP mode's objects."""
-        before: dict[tuple[str, int, int, str], bytes] = {}
         made = []
+        start, of_start = b"", None
         for key in keys:
             chain = chain_of(key)
-            start = before.get(chain)
-            if start is None:
-                start = before[chain] = self._object + _fields(chain)
-            made.append(_key(start + _field(key.chunk_hash)))
-        return made
+            if chain != of_start:
+                start, of_start = sha256(self._object + _fields(chain)).digest(), chain
+            made.append(sha256(start + key.chunk_hash).digest()[:KEY_BYTES])
+        return cast("list[ChunkKey]", made)
 
     def of_chunks(self, keys: Sequence[CacheEngineKey]) -> list[ChunkKey]:
         """Keys of the in-process engine's chunks; what LMCache's own comparison looks at is in them."""
-        before: dict[tuple[object, ...], bytes] = {}
         made = []
+        start, of_start = b"", None
         for key in keys:
             chain = (key.model_name, key.world_size, key.worker_id, key.dtype, key.tags)
-            start = before.get(chain)
-            if start is None:
+            if chain != of_start:
                 tags = [text for tag in key.tags or () for text in tag]
-                start = before[chain] = self._engine + _fields((*chain[:-1], len(tags), *tags))
-            made.append(_key(start + _field(key.chunk_hash)))
-        return made
+                fields = _fields((*chain[:-1], len(tags), *tags))
+                start, of_start = sha256(self._engine + fields).digest(), chain
+            made.append(sha256(start + b"%d" % key.chunk_hash).digest()[:KEY_BYTES])
+        return cast("list[ChunkKey]", made)
 
 
 def chain_of(key: ObjectKey) -> tuple[str, int, int, str]:
@@ -66,7 +68,7 @@ def chain_of(key: ObjectKey) -> tuple[str, int, int, str]:
 def layout_word(shapes: Iterable[torch.Size], dtypes: Iterable[torch.dtype], fmt: MemoryFormat) -> int:
     """64 bits that name the form of an object; never 0, which says nothing."""
     text = [f"{dtype} {tuple(shape)}" for shape, dtype in zip(shapes, dtypes, strict=True)]
-    digest = hashlib.sha256(_field(_FORM_DOMAIN) + _fields((fmt.name, *text))).digest()
+    digest = sha256(_field(_FORM_DOMAIN) + _fields((fmt.name, *text))).digest()
     return int.from_bytes(digest[:_LAYOUT_BYTES], "little") or 1
 
 
@@ -83,10 +85,6 @@ def flat_bytes(obj: MemoryObj) -> torch.Tensor:
         raise ValueError(f"an object of the kind {type(obj).__name__} has no tensor to copy")
     flat: torch.Tensor = raw.reshape(-1).view(torch.uint8)[: obj.get_size()]
     return flat
-
-
-def _key(data: bytes) -> ChunkKey:
-    return ChunkKey(hashlib.sha256(data).digest()[:KEY_BYTES])
 
 
 def _fields(values: Iterable[object]) -> bytes:
