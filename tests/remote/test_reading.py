@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 
 from tests.engine.conftest import Worker
-from tests.engine.kv import CHUNK
+from tests.engine.kv import CHUNK, model_of
 from tests.pool.payloads import copy_out, load, new_keys, payload, poke, store, until
 from tests.remote.conftest import until_announced
+from vcache.config import VCacheConfig
+from vcache.engine import VCacheEngine
 from vcache.pool.reading import begin_read
 
 TOKENS = list(range(4 * CHUNK))
 HERE, THERE = list(range(8)), [20, 19, 40, 41, 5, 63, 0, 30]
+
+
+def start_worker(processes, config: VCacheConfig) -> Worker:
+    worker = Worker(processes.python("-m", "tests.engine.worker", json.dumps({}), config=config))
+    assert json.loads(worker.child.line())["ready"], worker.child.report()
+    return worker
 
 
 def test_what_one_host_stored_the_other_reads(hosts, open_client):
@@ -34,12 +42,7 @@ def test_engines_of_two_hosts_share_a_prefix(hosts, processes, open_client):
     both = hosts(segment={"size": "4MiB"})
     both.donate(both.there, "4MiB")
     until_announced(open_client(both.here, writes=False))
-    workers = {}
-    for config in (both.there, both.here):
-        worker = Worker(processes.python("-m", "tests.engine.worker", json.dumps({}), config=config))
-        assert json.loads(worker.child.line())["ready"], worker.child.report()
-        workers[config.runtime_dir] = worker
-    writer, reader = workers[both.there.runtime_dir], workers[both.here.runtime_dir]
+    writer, reader = start_worker(processes, both.there), start_worker(processes, both.here)
     assert writer.do("store", tokens=TOKENS, blocks=HERE) == {"stored": 4}
     assert reader.do("lookup", tokens=TOKENS) == {"hits": 32}
     assert reader.do("retrieve", tokens=TOKENS, blocks=THERE) == {"loaded": 32, "wrong": []}
@@ -61,6 +64,25 @@ def test_a_run_may_lie_on_both_hosts(hosts, open_client):
         parent = keys[start + 2]
     assert load(reader, keys) == 12
     assert reader.counters["remote_hits"] == 6
+
+
+def test_a_run_may_begin_here_go_on_there_and_end_in_the_store(hosts, processes, open_client, tmp_path):
+    both = hosts(promotion={"policy": "never"}, store={"files": {"directory": str(tmp_path / "store")}})
+    for config in (both.here, both.there):
+        both.donate(config, "4MiB")
+    until_announced(open_client(both.here, writes=False))
+    tokens, blocks, elsewhere = list(range(6 * CHUNK)), list(range(12)), list(range(40, 52))
+    reader = start_worker(processes, both.here)
+    assert reader.do("store", tokens=tokens, blocks=blocks) == {"stored": 6}
+    assert reader.do("flush") == {"flushed": True}
+    with VCacheEngine(both.here, model=model_of(), role="scheduler") as engine:
+        assert engine.clear() == 6, "now they are in the store alone"
+    near, far = start_worker(processes, both.here), start_worker(processes, both.there)
+    assert near.do("store", tokens=tokens[: 2 * CHUNK], blocks=blocks[:4]) == {"stored": 2}
+    assert far.do("store", tokens=tokens[: 4 * CHUNK], blocks=blocks[:8]) == {"stored": 2}, "two are on the other host"
+    assert reader.do("retrieve", tokens=tokens, blocks=elsewhere) == {"loaded": 6 * CHUNK, "wrong": []}
+    stats = reader.do("stats")
+    assert (stats["hits"], stats["client_remote_hits"], stats["store_hits"]) == (6, 2, 2)
 
 
 def test_a_prompt_larger_than_staging_memory_is_read_in_rounds(hosts, open_client):
