@@ -148,6 +148,7 @@ class BlockCache:
         except BaseException:  # an interrupt: nobody else will complete it
             pending.complete()
             raise
+        pending.asked()
         return pending
 
     def copy_store(

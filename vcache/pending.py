@@ -90,6 +90,7 @@ class PendingStore:
         self._kv = kv
         self._keys = keys
         self._started = time.perf_counter()
+        self._asked = self._started  # when the server had answered
         self._stored = 0
         self.writes: list[PendingWrite] = []
 
@@ -98,11 +99,17 @@ class PendingStore:
         """Chunks that are being copied: those the pool had not, and had room for."""
         return sum(len(write.granted) for write in self.writes)
 
+    def asked(self) -> None:
+        """The asking is over. What passes until ``copy_from`` is the caller's own time, and not counted as storing."""
+        self._asked = time.perf_counter()
+
     def copy_from(self, block_ids: Int64Array) -> None:
         """Copies what was granted from blocks ``[keys, blocks per chunk]``; on a GPU, enqueues it on the current stream.
 
         Asks nobody for anything. The blocks must not change until the copy is done.
         """
+        now = time.perf_counter()
+        self._started, self._asked = self._started + now - self._asked, now
         try:
             if self._cache is not None:
                 self._cache.copy_store(self._kv, self.writes, self._keys, block_ids)

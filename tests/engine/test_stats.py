@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
+
+import numpy as np
 
 from tests.engine.kv import CHUNK, fill, model_of, new_tensors, slots_of
 from tests.support.processes import REPOSITORY
@@ -79,3 +82,19 @@ def test_figures_follow_what_was_done(pool, open_engine):
     for name in ("lookup_seconds", "retrieve_seconds", "store_seconds", "dram_read_seconds", "dram_written_seconds"):
         assert after[name] > 0
     assert after["pool_dram_used_bytes"] >= 4 * payload
+
+
+def test_what_a_caller_does_between_asking_and_copying_is_not_time_spent_storing(pool, open_engine):
+    tensors = new_tensors(64)
+    fill(tensors, TOKENS, HERE)
+    engine = open_engine(pool, kv_caches=tensors)
+    began = time.perf_counter()
+    pending = engine.reserve_store(engine.keys_of(TOKENS))
+    paused = time.perf_counter()
+    time.sleep(0.05)  # the forward pass, in a serving engine
+    pause = time.perf_counter() - paused
+    pending.copy_from(np.reshape(HERE, (4, -1)))
+    assert pending.complete() == 4
+    stats = engine.get_stats()
+    assert stats["dram_written_seconds"] == stats["store_seconds"]
+    assert 0 < stats["store_seconds"] < time.perf_counter() - began - pause
