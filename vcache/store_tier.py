@@ -103,7 +103,7 @@ class StoreTier:
             with self.store.load(shards, [nbytes] * len(shards)) as got:
                 run = got.run
                 if run:
-                    self._scatter(kv, block_ids[loaded : loaded + run], got, nbytes)
+                    self._scatter(kv, block_ids[loaded : loaded + run], got)
             loaded += run
             if not run or run < len(got):
                 break
@@ -164,21 +164,11 @@ class StoreTier:
             self._writer.close(timeout_s)
         self.store.close(max(0.0, deadline - time.monotonic()))
 
-    def _scatter(self, kv: PagedKV, block_ids: Int64Array, loaded: Loaded, nbytes: int) -> None:
-        from vcache.transfer import scatter  # loads torch
+    def _scatter(self, kv: PagedKV, block_ids: Int64Array, loaded: Loaded) -> None:
+        from vcache.transfer.staged import scatter_staged  # loads torch
 
-        count = len(block_ids)
-        if kv.device.type != "cuda":
-            threads = self._client.config.transfer.threads
-            scatter(kv, block_ids, self.store.staging.tensor, loaded.offsets(count), threads=threads)
-            return
-        import torch
-
-        payloads = torch.empty(count * nbytes, dtype=torch.uint8, device=kv.device)
-        for index in range(count):
-            payloads[index * nbytes : (index + 1) * nbytes].copy_(loaded.buffer(index))
-        scatter(kv, block_ids, payloads, np.arange(count, dtype=np.int64) * nbytes)
-        torch.cuda.current_stream(kv.device).synchronize()
+        threads = self._client.config.transfer.threads
+        scatter_staged(kv, block_ids, self.store.staging.tensor, loaded.offsets(len(block_ids)), threads=threads)
 
     def _all_ranks(self, keys: Sequence[ChunkKey]) -> list[Shard]:
         return [Shard(key, rank) for key in keys for rank in range(self._ranks)]
