@@ -6,6 +6,9 @@ BIN := .venv/bin
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
+# Half of what tests do is wait for other processes.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup
 # Request traces that `make bench` replays instead of a generated one; none need be there.
 TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 
@@ -19,10 +22,10 @@ demo: environment ## Run the main job: two vLLM engines share a prefix (ARGS="--
 	@$(BIN)/vcache demo $(ARGS)
 
 test: environment ## Run the tests, real processes and one vLLM engine included
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 test-all: environment ## Run the slow matrix of real engines and faults
-	@$(BIN)/python -m pytest -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "No test is marked slow and selected: nothing ran."; }
+	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "No test is marked slow and selected: nothing ran."; }
 
 check: environment ## Formatting, lint, types, and that nothing unpickles or evaluates
 	$(BIN)/ruff format --check $(CHECKED)

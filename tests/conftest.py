@@ -26,6 +26,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device here")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Serving engines come first, since they take longest, and one after the other, since each keeps all cores busy."""
+    for item in items:
+        if item.get_closest_marker("vllm") is not None:
+            item.add_marker(pytest.mark.xdist_group("vllm"))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+
 @pytest.fixture(autouse=True)
 def _only_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests see none of the developer's settings, save the log level."""
