@@ -47,7 +47,7 @@ class Point:
 
 POINTS: Final = (
     *(Point(BY_DONORS, donors, 200_000) for donors in (8, 80, 1000, 4000)),
-    *(Point(BY_ENTRIES, 80, entries) for entries in (1_024, 32_768, 1_000_000, 3_000_000)),
+    *(Point(BY_ENTRIES, 80, entries) for entries in (1_024, 32_768, 1_000_000, 2_000_000)),
     *(Point(BY_KEYS, 80, 100_000, keys) for keys in (1, 16, 128, 512)),
 )
 QUICK_POINTS: Final = (
