@@ -78,7 +78,7 @@ def lmcache_engine(
 ) -> Iterator[LMCacheEngine]:
     """An engine whose chunks are ``kv_shape`` = (layers, 2, chunk_size, heads, head_size), with ``nbytes`` of host memory."""
     os.environ["LMCACHE_TRACK_USAGE"] = "false"
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "CRITICAL")  # its errors here are about several engines in one process
     from lmcache.v1.cache_engine import LMCacheEngineBuilder
     from lmcache.v1.config import LMCacheEngineConfig
     from lmcache.v1.gpu_connector import GPUConnectorInterface

@@ -17,6 +17,8 @@ _COLUMNS: Final = 2
 _PANEL_WIDTH, _PANEL_HEIGHT = 6.5, 3.6  # inches
 _BAR_HEIGHT: Final = 0.22  # inches
 _DPI: Final = 110
+#: Curves so far apart are drawn on a logarithmic axis.
+_DECADES: Final = 100
 
 
 def draw(results: Sequence[Result], directory: Path) -> list[Path]:
@@ -38,13 +40,14 @@ def _figure(name: str, results: Sequence[Result], path: Path) -> None:
     panels: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     for result in results:
         panels[result.benchmark, result.panel or "", result.unit].append(result)
-    rows = -(-len(panels) // _COLUMNS)
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
     longest = max(
         len({r.case for r in own if r.size is None}) * len({r.contestant for r in own}) for own in panels.values()
     )
     height = max(_PANEL_HEIGHT, 1.2 + longest * _BAR_HEIGHT)
     figure, axes = plt.subplots(
-        rows, _COLUMNS, figsize=(_COLUMNS * _PANEL_WIDTH, rows * height), squeeze=False, layout="constrained"
+        rows, columns, figsize=(columns * _PANEL_WIDTH, rows * height), squeeze=False, layout="constrained"
     )
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
@@ -72,7 +75,11 @@ def _curves(ax: Axes, results: Sequence[Result], unit: str) -> None:
     ax.set_xscale("log", base=2 if all(_is_power_of_two(result.size) for result in results) else 10)
     ax.set_xlabel(results[0].size_unit or "")
     ax.set_ylabel(unit)
-    ax.set_ylim(bottom=0)
+    shown = [result.median for result in results]
+    if min(shown) > 0 and max(shown) > _DECADES * min(shown):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 
