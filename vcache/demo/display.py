@@ -87,7 +87,7 @@ def _cells(engine: EngineFigures) -> tuple[str, ...]:
         str(engine.tokens_loaded),
         engine.place or "-",
         f"{nbytes / 2**20:.1f}" if nbytes else "-",
-        f"{gb_per_s(nbytes, seconds):.1f}" if nbytes else "-",
+        f"{gb_per_s(nbytes, seconds):.2f}" if nbytes else "-",
         last,
     )
 

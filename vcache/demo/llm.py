@@ -24,7 +24,7 @@ from vcache.demo.story import OnStage, Scene, source_of
 from vcache.errors import ConfigError
 
 ENGINE_TIMEOUT_S: Final = 300.0
-GENERATED_TOKENS: Final = 48
+GENERATED_TOKENS: Final = 32
 CHUNK_BYTES: Final = CHUNK_SIZE * LAYERS * 2 * HEADS * HEAD_SIZE * 2
 
 
