@@ -312,7 +312,6 @@ def test_a_server_that_answers_hellos_late_is_given_longer(scripted, open_client
     config, server = scripted
     server.hold = (protocol.Hello,)
     client = open_client(config, available=False)
-
     timers: list[threading.Timer] = []
 
     def answer_in_time_of_a_longer_wait() -> bool:
@@ -322,7 +321,7 @@ def test_a_server_that_answers_hellos_late_is_given_longer(scripted, open_client
         )
         timers[-1].start()
         until(lambda: client.available or len(server.held) > len(held), "its answer, or another hello")
-        return client.available
+        return bool(client.available)
 
     until(answer_in_time_of_a_longer_wait, "a session")
     for timer in timers:
