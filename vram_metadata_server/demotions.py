@@ -48,9 +48,26 @@ class Demotions:
         self._by_deadline: dict[int, Demotion] = {}  # by the first of its generations
         self._dram: dict[bytes, list[Segment]] = {}  # segments of tier DRAM by host ...
         self._dram_version = -1  # ... as of this version of the set of segments
+        self._began: float | None = None  # when the term did
+        self._waiting: dict[Segment, None] = {}  # short of space, and not evicted from for now
 
     def __len__(self) -> int:
         return len(self._by_deadline)
+
+    def waits(self, segment: Segment) -> bool:
+        """Whether eviction from the segment is put off: after a restart the tier below may open, or register, a little later.
+
+        For no longer than a silent donor is waited for.
+        """
+        catalog = self._catalog
+        if self._began is None or segment.info.tier is not Tier.VRAM or not catalog.counters["handed_over"]:
+            return False
+        below = self._dram_of(segment.info.host)
+        is_served = any(other.state is SegmentState.SERVING for other in below)
+        if is_served or catalog.now >= self._began + catalog.settings.liveness_s:
+            return False
+        self._waiting[segment] = None
+        return True
 
     def evict(self, victim: Placement) -> None:
         """*evict* or *demote*: the victim leaves its segment, now or once it lies below."""
@@ -91,6 +108,11 @@ class Demotions:
 
     def tick(self, now: float) -> None:
         """Ends the demotions whose deadline has passed, or that need not be told of any more."""
+        if self._began is None:
+            self._began = now
+        for segment in [segment for segment in self._waiting if not self.waits(segment)]:
+            del self._waiting[segment]
+            self._catalog.pressure.check(segment)
         while self._by_deadline:
             demotion = next(iter(self._by_deadline.values()))
             if demotion.is_pending and demotion.deadline > now:

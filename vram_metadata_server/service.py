@@ -306,9 +306,9 @@ class Service:
             for session in self.members.silent(now):
                 out.extend(self._went_silent(session))
         self.tombstones.sweep(self.settings.sweep_batch)
-        for victim in catalog.pressure.victims(self.settings.eviction_batch):
-            self.demotions.evict(victim)
         self.demotions.tick(now)
+        for victim in catalog.pressure.victims(self.settings.eviction_batch, self.demotions.waits):
+            self.demotions.evict(victim)
         self._finish_drains(out)
         for session in self.members.suspected():
             if not self._is_needed(session):

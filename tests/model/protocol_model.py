@@ -12,6 +12,8 @@ not safety).
 
 from __future__ import annotations
 
+from tests.model.changes import is_taken, moved, placed, reservation_of, settle, with_item, with_record, with_writer
+from tests.model.copies import call_off_copies, copy_steps, may_copy, may_revive
 from tests.model.state import (
     FREE,
     Donor,
@@ -32,10 +34,14 @@ def start(variant: Variant) -> State:
     return State(
         records=(Record(FREE, "", -1),) * variant.records,
         cells=("",) * variant.cells,
-        writers=tuple(Writer("idle", key, 1) for key in variant.keys),
+        writers=(
+            *(Writer("idle", key, 1) for key in variant.keys),
+            *(Writer("idle", key, 1, is_copier=True) for key in variant.copied),
+        ),
         donor=Donor(1),
         server=Server(
-            incarnation=1, is_settled=True, is_handed_over=True, is_open=True, known=frozenset(range(len(variant.keys)))
+            incarnation=1, is_settled=True, is_handed_over=True, is_open=True,
+            known=frozenset(range(len(variant.keys) + len(variant.copied))),
         ),
         reader=Reader(),
         evictions=variant.evictions,
@@ -65,36 +71,44 @@ def _writer_steps(state: State, variant: Variant, number: int, writer: Writer) -
         if writer.at == "sent":
             yield from _commit_arrives(state, variant, number, writer)
         return
-    name = f"writer {writer.key}"
+    name = f"copier {writer.key}" if writer.is_copier else f"writer {writer.key}"
     if writer.at == "idle":
         yield from _reserve(state, variant, number, writer)
     elif writer.at == "asked":
         if writer.term == state.server.term:
-            yield f"{name}: grant arrives", _move(state, number, writer, "granted")
-    elif writer.at == "granted":
-        marked = Record(writer.generation - 1, writer.key, writer.cell)
-        yield f"{name}: marks", _move(_record(state, writer.record, marked), number, writer, "marked")
-    elif writer.at == "marked":
-        cells = _put(state.cells, writer.cell, writer.key)
-        yield f"{name}: writes its payload", _move(state._replace(cells=cells), number, writer, "written")
-    elif writer.at == "written":
-        committed = Record(writer.generation, writer.key, writer.cell)
-        yield f"{name}: commits in memory", _move(_record(state, writer.record, committed), number, writer, "committed")
-    elif writer.at == "committed":
-        yield f"{name}: sends its commit", _move(state, number, writer, "sent")
+            yield f"{name}: grant arrives", moved(state, number, writer, "granted")
+    elif writer.at in ("granted", "marked", "copied", "written", "committed"):
+        yield from _memory_steps(state, variant, number, writer, name)
     elif writer.at == "sent":
         yield from _commit_arrives(state, variant, number, writer)
     if writer.at == "granted":
         yield from _abort_told(state, variant, number, writer)
 
 
+def _memory_steps(state: State, variant: Variant, number: int, writer: Writer, name: str) -> Steps:
+    if writer.at == "granted":
+        marked = Record(writer.generation - 1, writer.key, writer.cell)
+        yield f"{name}: marks", moved(with_record(state, writer.record, marked), number, writer, "marked")
+    elif writer.is_copier and writer.at in ("marked", "copied"):
+        yield from copy_steps(state, variant, number, writer)
+    elif writer.at == "marked":
+        cells = with_item(state.cells, writer.cell, writer.key)
+        yield f"{name}: writes its payload", moved(state._replace(cells=cells), number, writer, "written")
+    elif writer.at == "written":
+        committed = Record(writer.generation, writer.key, writer.cell)
+        yield (
+            f"{name}: commits in memory",
+            moved(with_record(state, writer.record, committed), number, writer, "committed"),
+        )
+    elif writer.at == "committed":
+        yield f"{name}: sends its commit", moved(state, number, writer, "sent")
+
+
 def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
     server = state.server
     if not server.is_open or writer.term != server.term:
         return
-    if any(p.key == writer.key for p in server.entries) or any(
-        r.is_live and r.key == writer.key for r in server.reservations
-    ):
+    if not may_copy(server, writer.key) if writer.is_copier else is_taken(server, writer.key):
         return
     held: list[Placement | Reservation] = [*server.entries, *server.reservations]
     cells = set(range(len(state.cells))) - {holder.cell for holder in held}
@@ -104,35 +118,38 @@ def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Ste
     if not cells or not records:
         return
     generation, record, cell = server.next_generation, min(records), min(cells)
-    reservation = Reservation(generation, number, writer.key, record, cell, server.incarnation, is_live=True)
+    reservation = Reservation(
+        generation, number, writer.key, record, cell, server.incarnation, is_live=True, is_copy=writer.is_copier
+    )
     granted = server._replace(next_generation=generation + 2, reservations=server.reservations | {reservation})
     asked = writer._replace(
-        at="asked", generation=generation, record=record, cell=cell, incarnation=server.incarnation
+        at="asked", generation=generation, record=record, cell=cell, incarnation=server.incarnation,
+        source=next(p for p in server.entries if p.key == writer.key) if writer.is_copier else None,
     )  # fmt: skip
-    yield f"writer {writer.key}: reserve", _writer(state._replace(server=granted), number, asked)
+    yield f"writer {writer.key}: reserve", with_writer(state._replace(server=granted), number, asked)
 
 
 def _commit_arrives(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
     """*commit told* or *commit refused*; a server of another term does not know what is meant."""
     server = state.server
-    reservation = _reservation(server, writer.generation)
-    after = _move(state, number, writer, "done")
+    reservation = reservation_of(server, writer.generation)
+    after = moved(state, number, writer, "done")
     if writer.term != server.term or reservation is None:
         yield f"writer {writer.key}: commit means nothing", after
     elif reservation.is_live:
         placement = Placement(reservation.key, reservation.record, reservation.generation, reservation.cell)
         entries = server.entries | {placement}
-        settled = server._replace(entries=entries, reservations=server.reservations - {reservation})
-        yield f"writer {writer.key}: commit told", after._replace(server=settled)
+        told = server._replace(entries=entries, reservations=server.reservations - {reservation})
+        yield f"writer {writer.key}: commit told", after._replace(server=told)
     else:
-        yield f"writer {writer.key}: commit refused", after._replace(server=_settle(server, reservation))
+        yield f"writer {writer.key}: commit refused", after._replace(server=settle(server, reservation))
 
 
 def _abort_told(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
-    reservation = _reservation(state.server, writer.generation)
-    after = _move(state, number, writer, "done")
+    reservation = reservation_of(state.server, writer.generation)
+    after = moved(state, number, writer, "done")
     if reservation is not None and writer.term == state.server.term:
-        after = after._replace(server=_settle(state.server, reservation))
+        after = after._replace(server=settle(state.server, reservation))
     yield f"writer {writer.key}: abort told", after
 
 
@@ -146,26 +163,26 @@ def _evidence_steps(state: State, variant: Variant, number: int, writer: Writer)
         if mine or number in server.waiting:
             proven = server._replace(waiting=server.waiting - {number})
             for reservation in mine:
-                proven = _settle(proven, reservation)
+                proven = settle(proven, reservation)
             yield f"writer {writer.key}: proven dead", state._replace(server=_open(proven))
         return
     if state.kills:
         killed = writer._replace(is_alive=False, at=writer.at if writer.at == "sent" else "done")
-        yield f"writer {writer.key}: killed", _writer(state._replace(kills=state.kills - 1), number, killed)
+        yield f"writer {writer.key}: killed", with_writer(state._replace(kills=state.kills - 1), number, killed)
     if writer.term != server.term:
         yield from _hello(state, variant, number, writer)
         return
-    settled = server
+    evident = server
     for reservation in mine:
         is_seen = writer.at != "asked" or not variant.heartbeats_say_seen
         if is_seen and not (writer.is_outstanding and reservation.generation == writer.generation):
             if reservation.is_live:
                 changed = reservation._replace(is_stopped=True)
-                settled = settled._replace(reservations=settled.reservations - {reservation} | {changed})
+                evident = evident._replace(reservations=evident.reservations - {reservation} | {changed})
             else:
-                settled = _settle(settled, reservation)
-    if settled != server:
-        yield f"writer {writer.key}: heartbeat settles", state._replace(server=settled)
+                evident = settle(evident, reservation)
+    if evident != server:
+        yield f"writer {writer.key}: heartbeat settles", state._replace(server=evident)
 
 
 def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
@@ -175,15 +192,17 @@ def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps
     server = server._replace(known=server.known | {number}, waiting=server.waiting - {number})
     is_over = writer.at == "asked" or (writer.at == "committed" and variant.claims_only_unfinished)
     renewed = writer._replace(term=server.term, at="done" if is_over else writer.at)
-    is_known = writer.generation in server.retired or any(p.generation == writer.generation for p in _placed(server))
+    is_known = writer.generation in server.retired or any(p.generation == writer.generation for p in placed(server))
     if renewed.is_outstanding and not is_known:
-        found = _reservation(server, writer.generation)  # handed over as a writer at work, and nobody's until now
-        is_live = not _is_taken(server, writer.key) and server.incarnation == writer.incarnation
+        found = reservation_of(server, writer.generation)  # handed over as a writer at work, and nobody's until now
         claim = Reservation(
-            writer.generation, number, writer.key, writer.record, writer.cell, writer.incarnation, is_live
+            writer.generation, number, writer.key, writer.record, writer.cell, writer.incarnation, False,
+            is_copy=writer.is_copier,
         )  # fmt: skip
+        if server.incarnation == writer.incarnation and may_revive(server, claim):
+            claim = claim._replace(is_live=True)
         server = server._replace(reservations=server.reservations - {found} | {claim})
-    yield f"writer {writer.key}: hello", _writer(state._replace(server=_open(server)), number, renewed)
+    yield f"writer {writer.key}: hello", with_writer(state._replace(server=_open(server)), number, renewed)
 
 
 def _time_steps(state: State, variant: Variant) -> Steps:
@@ -193,7 +212,7 @@ def _time_steps(state: State, variant: Variant) -> Steps:
             expired = reservation._replace(is_live=False)
             after = server._replace(reservations=server.reservations - {reservation} | {expired})
             if reservation.is_stopped or not variant.extents_return_on_evidence:
-                after = _settle(after, expired)
+                after = settle(after, expired)
             yield f"reservation of {reservation.key} expires", state._replace(server=after)
 
 
@@ -207,7 +226,7 @@ def _donor_steps(state: State, variant: Variant) -> Steps:
             found = state.records[item.record]
             after = state
             if found.generation in (item.generation, item.generation - 1):
-                after = _record(state, item.record, Record(FREE, "", -1))
+                after = with_record(state, item.record, Record(FREE, "", -1))
             yield f"donor retires record {item.record}", after._replace(donor=donor._replace(done=donor.done | {item}))
         for item in donor.done:
             after = state._replace(donor=donor._replace(done=donor.done - {item}))
@@ -238,7 +257,7 @@ def _register(state: State, variant: Variant) -> Steps:
         waiting=frozenset(waiting),
     )
     for claim in server.reservations:
-        is_free = not any(r.is_live and r.key == claim.key for r in server.reservations) and not claim.is_live
+        is_free = may_revive(server, claim) and not claim.is_live
         if claim.incarnation == incarnation and is_free and claim.writer >= 0 and not state.donor.was_dropped:
             revived = claim._replace(is_live=True)
             server = server._replace(reservations=server.reservations - {claim} | {revived})
@@ -266,11 +285,11 @@ def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
     server = server._replace(next_generation=max(server.next_generation, generation + 2))
     if generation in server.retired:
         return server  # scanned before it was retired
-    held = _reservation(server, generation)
-    if record.generation % 2 and held is None and not any(p.generation == generation for p in _placed(server)):
+    held = reservation_of(server, generation)
+    if record.generation % 2 and held is None and not any(p.generation == generation for p in placed(server)):
         nobodys = Reservation(generation, -1, record.key, at, record.cell, server.incarnation, is_live=False)
         return server._replace(reservations=server.reservations | {nobodys})
-    if record.generation % 2 or any(p.generation == generation for p in _placed(server)):
+    if record.generation % 2 or any(p.generation == generation for p in placed(server)):
         return server
     if held is not None:
         server = server._replace(reservations=server.reservations - {held})
@@ -299,7 +318,8 @@ def _server_steps(state: State, variant: Variant) -> Steps:
             yield f"remove {key}", _remove(state, variant, key)
     if server.removal is not None:
         key, waits, awaits_handover = server.removal
-        if not awaits_handover and not waits & {item.generation for item in server.retiring}:
+        held: list[Retire | Reservation] = [*server.retiring, *server.reservations]
+        if not awaits_handover and not waits & {item.generation for item in held}:
             answered = server._replace(removal=None)
             yield f"removal of {key} answered", state._replace(server=answered, gone=state.gone | waits)
     if state.silences and server.incarnation and state.donor.term == server.term and not state.donor.was_dropped:
@@ -332,6 +352,11 @@ def _remove(state: State, variant: Variant, key: str) -> State:
         waits.add(placement.generation)
         server = _retire_placement(server, placement)
     server = server._replace(removed_below=(key, server.next_generation))
+    copies = {r.generation for r in server.reservations if r.is_copy and r.key == key}
+    if variant.removals_call_off_copies:
+        server, waits = call_off_copies(server, key), waits | copies
+    elif copies:
+        state = state._replace(gone=state.gone | copies)
     after = state._replace(removals=state.removals - 1)
     if not variant.answers_removals_late:
         return after._replace(server=server, gone=state.gone | waits)
@@ -344,22 +369,13 @@ def _retire_placement(server: Server, placement: Placement) -> Server:
     return server._replace(entries=server.entries - {placement}, retiring=server.retiring | {retire})
 
 
-def _settle(server: Server, reservation: Reservation) -> Server:
-    """There is evidence (or, wrongly, a deadline): *order retire*."""
-    after = server._replace(reservations=server.reservations - {reservation})
-    if not server.incarnation:
-        return after
-    retire = Retire(reservation.record, reservation.generation, reservation.cell, reservation.key)
-    return after._replace(retiring=after.retiring | {retire})
-
-
 def _open(server: Server) -> Server:
     """*gate opens*, when nothing is left to wait for; what no writer has claimed is retired."""
     if not server.is_settled or not server.is_handed_over or server.waiting or server.is_open:
         return server
     for reservation in server.reservations:
         if reservation.writer < 0:
-            server = _settle(server, reservation)
+            server = settle(server, reservation)
     return server._replace(is_open=True, retired=frozenset())
 
 
@@ -397,34 +413,3 @@ def _reader_steps(state: State, variant: Variant) -> Steps:
 def _copy(state: State, reader: Reader, placement: Placement) -> Steps:
     copied = reader._replace(at="copied", copied=state.cells[placement.cell])
     yield "reader: copies", state._replace(reader=copied)
-
-
-# --- small parts --------------------------------------------------------------------------------------------------------
-
-
-def _placed(server: Server) -> list[Placement | Retire]:
-    return [*server.entries, *server.retiring]
-
-
-def _reservation(server: Server, generation: int) -> Reservation | None:
-    return next((r for r in server.reservations if r.generation == generation), None)
-
-
-def _is_taken(server: Server, key: str) -> bool:
-    return any(p.key == key for p in server.entries) or any(r.is_live and r.key == key for r in server.reservations)
-
-
-def _put(values: tuple[str, ...], at: int, value: str) -> tuple[str, ...]:
-    return (*values[:at], value, *values[at + 1 :])
-
-
-def _record(state: State, at: int, record: Record) -> State:
-    return state._replace(records=(*state.records[:at], record, *state.records[at + 1 :]))
-
-
-def _writer(state: State, number: int, writer: Writer) -> State:
-    return state._replace(writers=(*state.writers[:number], writer, *state.writers[number + 1 :]))
-
-
-def _move(state: State, number: int, writer: Writer, at: str) -> State:
-    return _writer(state, number, writer._replace(at=at))

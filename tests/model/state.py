@@ -14,6 +14,7 @@ class Variant:
     """How large the world is, how often what goes wrong may go wrong, and which rules hold (all, by default)."""
 
     keys: tuple[str, ...] = ("A", "B")  # one writer each
+    copied: tuple[str, ...] = ()  # one copier each: it copies that chunk within the pool, as demotion and promotion do
     records: int = 2
     cells: int = 1
     evictions: int = 1
@@ -30,6 +31,8 @@ class Variant:
     validates_after_copy: bool = True  # rule 2
     heartbeats_say_seen: bool = True  # otherwise absence settles also a grant that is still on its way
     claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
+    copies_check_their_source: bool = True  # after the copy; otherwise what was copied is committed as it is
+    removals_call_off_copies: bool = True  # otherwise a copy under way of what is removed is committed as any write is
     retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
 
 
@@ -40,7 +43,7 @@ class Record(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """``at``: idle, asked (grant on its way), granted, marked, written, committed, sent (commit on its way), done."""
+    """``at``: idle, asked (grant on its way), granted, marked, (copied,) written, committed, sent (commit on its way), done."""
 
     at: str
     key: str
@@ -50,14 +53,16 @@ class Writer(NamedTuple):
     cell: int = -1
     incarnation: int = 0
     is_alive: bool = True
+    is_copier: bool = False
+    source: Placement | None = None  # what a copier copies
 
     @property
     def is_outstanding(self) -> bool:
-        return self.at in ("granted", "marked", "written", "committed")
+        return self.at in ("granted", "marked", "copied", "written", "committed")
 
     @property
     def may_touch(self) -> bool:
-        return self.is_alive and self.at in ("asked", "granted", "marked", "written")
+        return self.is_alive and self.at in ("asked", "granted", "marked", "copied", "written")
 
 
 class Reservation(NamedTuple):
@@ -69,6 +74,7 @@ class Reservation(NamedTuple):
     incarnation: int
     is_live: bool
     is_stopped: bool = False
+    is_copy: bool = False
 
 
 class Placement(NamedTuple):

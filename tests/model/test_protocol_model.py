@@ -18,6 +18,9 @@ HOLD = {
     "two restarts": Variant(restarts=2, evictions=0, kills=0),
     "donor silent, restart": Variant(silences=1, evictions=0, kills=0),
     "donor silent, removal": Variant(silences=1, removals=1, evictions=0, kills=0, restarts=0),
+    "a copy, its source evicted": Variant(copied=("A",), cells=2, restarts=0, kills=0),
+    "a copy, its copier or the server killed": Variant(keys=("A",), copied=("A",), cells=2),
+    "a copy, removal and restart": Variant(keys=("A",), copied=("A",), cells=2, removals=1, evictions=0, kills=0),
 }
 
 BREAK = {
@@ -52,6 +55,23 @@ BREAK = {
     "a hello claims what is committed": (
         Variant(claims_only_unfinished=False, restarts=2, evictions=0, kills=0),
         "the index says",
+    ),
+    "a copy is committed as it is": (
+        Variant(copied=("A",), cells=2, copies_check_their_source=False, restarts=0, kills=0),
+        "wrong bytes served",
+    ),
+    "a copy under way outlives a removal": (
+        Variant(
+            keys=("A",),
+            copied=("A",),
+            cells=2,
+            removals_call_off_copies=False,
+            removals=1,
+            evictions=0,
+            kills=0,
+            restarts=0,
+        ),
+        "was removed, answered, and is back",
     ),
     "a donor that was dropped hands over what it had": (
         Variant(retires_on_return=False, silences=1, removals=1, evictions=0, kills=0),

@@ -278,3 +278,38 @@ def test_in_vram_a_chunk_follows_its_children_down(world: World, vram: Donation,
     assert [where(world, name) for name in old] == [{vram.memory.id}] + [{dram.memory.id}] * 3
     assert all(where(world, name) == {vram.memory.id} for name in new), "the newest leaves stay"
     world.check()
+
+
+def states(world: World) -> set[str]:
+    return {segment.state.value for segment in world.service.catalog.segments.values()}
+
+
+def test_after_a_restart_vram_waits_for_the_tier_below(world: World, vram: Donation, dram: Donation) -> None:
+    names = fill(vram)
+    world.restart_server()
+    for _ in range(3):
+        world.beat()
+        vram.hand_over()
+        world.tick()
+    assert states(world) == {"serving", "gated"}
+    assert counted(world, "evicted") == 0 and not vram.sinking
+    dram.hand_over()
+    world.settle()
+    assert (counted(world, "evicted"), counted(world, "demoted")) == (0, 3)
+    assert Client(world, "r").hits(names) == 6
+
+
+def test_a_tier_below_that_does_not_come_back_is_not_waited_for_long(
+    world: World, vram: Donation, dram: Donation
+) -> None:
+    fill(vram)
+    dram.donor.kill(messages_arrive=False)
+    world.restart_server()
+    for _ in range(3):
+        world.beat()
+        vram.hand_over()
+        world.tick()
+    assert states(world) == {"serving"} and counted(world, "evicted") == 0
+    world.pass_time(6.0)
+    world.settle()
+    assert counted(world, "evicted") == 3

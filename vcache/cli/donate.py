@@ -34,8 +34,9 @@ def donate(
     from vcache import log
     from vcache.memory.allocation import allocate
     from vcache.pool.client import PoolClient
-    from vcache.pool.donor import Donor
+    from vcache.pool.donor import Donor, tier_of
     from vcache.pool.runtime_dir import RuntimeDir
+    from vcache.protocol import Tier
     from vcache.units import approximate_size
 
     if not _DEVICE.fullmatch(device):
@@ -50,7 +51,11 @@ def donate(
     size_text = approximate_size(memory.nbytes)
     try:
         client = PoolClient(
-            config, device=memory.device, writes=False, name=f"donor {label or device}", maps_ahead=False
+            config,
+            device=memory.device,
+            writes=tier_of(config.segment.tier, memory.device) is Tier.VRAM,  # it demotes to segments of tier DRAM
+            name=f"donor {label or device}",
+            maps_ahead=False,
         )
         donor = Donor(config, client, memory, segment_id, label=label)
     except BaseException:

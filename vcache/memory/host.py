@@ -16,6 +16,7 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vcache.errors import CapacityError, CorruptionError, UnavailableError
 from vcache.memory.base import IndexArray, WordArray
@@ -137,6 +138,14 @@ class HostMemory:
         finally:
             os.close(fd)
         return cls(mapping, handle=handle, device=device, owned=None)
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """uint8 ``[nbytes]`` over the mapping, which lives for as long as any such array or view of one."""
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the segment's memory was closed")
+            return np.frombuffer(self._mapping, dtype=np.uint8)
 
     @property
     def tensor(self) -> torch.Tensor:

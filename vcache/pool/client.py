@@ -254,6 +254,11 @@ class PoolClient:
             given = list(generations)
             self._tell(OneWay(lambda id_, session, term: protocol.Abort(id_, session, term, given), given))
 
+    def demoted(self, number: int, done: Sequence[int], failed: Sequence[int]) -> None:
+        """Tells the server what became of its orders to demote, behind the commits of this thread. Never waits."""
+        lists = list(done), list(failed)
+        self._tell(OneWay(lambda id_, session, term: protocol.Demoted(id_, session, term, number, *lists)))
+
     # --- the rest -------------------------------------------------------------------------------------------------
 
     def touch(self, keys: bytes) -> None:

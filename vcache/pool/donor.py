@@ -23,7 +23,9 @@ from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
 from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
+from vcache.pool.demotion import Demoter
 from vcache.pool.segment import Segment
+from vcache.pool.spilling import open_spiller
 from vcache.protocol import (
     MAX_ITEMS_PER_PAGE,
     AnyReply,
@@ -66,10 +68,11 @@ class Donor:
         self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
     ) -> None:
         self.segment = Segment.create(memory, segment_id, records=config.segment.records)
-        self.tier = _tier(config.segment.tier, memory.device)
+        self.tier = tier_of(config.segment.tier, memory.device)
         self.label = label[:MAX_LABEL_CHARS]
         self._client = client
         self._background = client.background
+        self._demoter = Demoter(client, self.segment, spiller=open_spiller(config))
         self._failures = FailureLog(logger)
         self._page = min(MAX_ITEMS_PER_PAGE, config.server.max_message_bytes // _RECORD_WIRE_BYTES)
         self._state = State.WAITING
@@ -125,7 +128,7 @@ class Donor:
             self._background.remove_duty(self)
             if self._offer is not None:
                 self._offer.close()
-            is_unused = self._client.mappings.give_up(self.segment, timeout_s)
+            is_unused = self._demoter.close(timeout_s) and self._client.mappings.give_up(self.segment, timeout_s)
             if is_unused:
                 self.segment.close()
                 logger.info("segment %s is taken back", self.segment.segment_id.hex())
@@ -137,6 +140,7 @@ class Donor:
 
     def on_session(self, *, was_suspended: bool) -> None:
         self._registered.clear()
+        self._demoter.forget()
         self._number = 0
         self._is_ahead = False
         if self._term == self._background.term or (self._term and was_suspended):
@@ -164,6 +168,9 @@ class Donor:
         for number, items in orders.retire:
             if number == self._number and self._state is not State.CLOSED:
                 self._retire(number, items)
+        for number, victims in orders.demote:
+            if number == self._number and self._state is State.SERVING:
+                self._demoter.ordered(number, victims)
 
     def _retire(self, number: int, items: list[RetireItem]) -> None:
         for item in items:
@@ -200,6 +207,7 @@ class Donor:
                 label=self.label,
                 attached=attached,
                 remote=announced,
+                spills=self._demoter.spills,
             ),
             self._on_registered,
         )
@@ -285,6 +293,7 @@ class Donor:
         self._state = State.WAITING
 
     def _begin_incarnation(self) -> None:
+        self._demoter.forget()
         self.segment.begin_incarnation()
         self._is_ahead = True
         self._client.mappings.adopt(self.segment)
@@ -308,7 +317,7 @@ class Donor:
             self._drained.set()
 
 
-def _tier(setting: str, device: str) -> Tier:
+def tier_of(setting: str, device: str) -> Tier:
     """The tier of a segment by its ``segment.tier``: "auto" goes by the device, any other may be said of any memory."""
     if setting == "auto":
         return Tier.DRAM if is_host(device) else Tier.VRAM

@@ -200,7 +200,7 @@ class Directory:
         for start in range(0, self.count, _SCAN_RECORDS):
             rows, whole = self.rows(start, min(_SCAN_RECORDS, self.count - start))
             for index in np.flatnonzero(rows[:, GENERATION]).tolist():
-                yield _info(start + index, rows[index]) if whole[index] else _unsettled(start + index, rows[index])
+                yield info_of(start + index, rows[index]) if whole[index] else _unsettled(start + index, rows[index])
 
     def _word(self, record: int) -> int:
         if not 0 <= record < self.count:
@@ -226,7 +226,8 @@ def _whole(rows: WordArray) -> npt.NDArray[np.bool_]:
     return whole
 
 
-def _info(record: int, row: WordArray) -> RecordInfo:
+def info_of(record: int, row: WordArray) -> RecordInfo:
+    """A whole row ``[16]`` as it is handed over."""
     words = row.tolist()
     parent = row[PARENT : PARENT + 2].tobytes() if words[PARENT] or words[PARENT + 1] else b""
     return RecordInfo(

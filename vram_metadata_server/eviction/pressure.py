@@ -6,7 +6,7 @@ writes: one that finds no space now is skipped, not made to wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vram_metadata_server.eviction.base import EvictionPolicy
@@ -53,13 +53,13 @@ class Pressure:
         known = self.targets.get(segment, wanted)
         self.targets[segment] = (min(known[0], wanted[0]), min(known[1], wanted[1]))
 
-    def victims(self, most: int) -> Iterator[Placement]:
+    def victims(self, most: int, waits: Callable[[Segment], bool]) -> Iterator[Placement]:
         """Up to ``most`` placements to evict or demote; the caller begins that with each before it asks for the next.
 
-        A segment in which nothing may go now is left alone until the next check or nudge.
+        A segment in which nothing may go now, or that ``waits``, is left alone until the next check or nudge.
         """
         for segment in list(self.targets):
-            while segment.state is SegmentState.SERVING:
+            while segment.state is SegmentState.SERVING and not waits(segment):
                 used_bytes, records = self.targets[segment]
                 if segment.staying_bytes <= used_bytes and segment.staying_records <= records:
                     break
