@@ -20,7 +20,8 @@ from vcache.pool.read_back import Written, read_back
 from vcache.stats import Counters, StatsValue
 from vcache.store import open_store
 from vcache.store.base import Shard
-from vcache.store.guard import GuardedStore, Loaded
+from vcache.store.guard import GuardedStore
+from vcache.store.loaded import Loaded
 from vcache.store.write_behind import WRITE_BEHIND_VALUES, WriteBehind
 
 if TYPE_CHECKING:

@@ -78,7 +78,7 @@ def retrieve(engine: VCacheEngine, tokens=TOKENS, *, rank: int = 0, salt: str = 
 def settled(engine: VCacheEngine) -> dict[str, int]:
     """The figures of promotion once nothing waits; they must add up."""
     eventually(lambda: engine.get_stats()["promotion_waiting"] == 0, "the end of promotion")
-    stats = {name: engine.get_stats()[name] for name in PROMOTION_VALUES}
+    stats = {name: int(engine.get_stats()[name]) for name in PROMOTION_VALUES}
     offered = stats.pop("promotion_offered")
     assert offered == sum(stats.values())
     return {name: count for name, count in stats.items() if count}
@@ -308,7 +308,7 @@ def two_tiers(start_server, start_donor, open_engine) -> VCacheEngine:
     """A pool whose chunks are in a segment of tier dram, beside an empty one of tier vram on the engine's device."""
     config, _ = start_server()
     start_donor(config)
-    engine = open_engine(config)
+    engine: VCacheEngine = open_engine(config)
     store(engine)
     donor_config = VCacheConfig(**config.model_dump() | {"segment": {"tier": "vram"}})
     start_donor(donor_config)
