@@ -1,7 +1,7 @@
 """The keys of a request's chunks: from the hashes that vLLM has made of its blocks, or from its tokens.
 
 vLLM hashes every block of a prompt for its own prefix cache, each hash over all tokens before it, the request's cache salt, the
-name of its LoRA adapter and the hashes of its images. Where these hashes are the same in every process, a chunk's key is
+name and path of its LoRA adapter and the hashes of its images. Where these hashes are the same in every process, a chunk's key is
 the hash of its last block, mixed with what they leave out (the model's fingerprint, the adapter's weights), and nothing is hashed
 twice. Where they are not, keys are made of the tokens. The two never meet: engines that differ in this share nothing.
 """
@@ -58,6 +58,8 @@ class PromptKeys:
             return
         hashes = self._request.block_hashes
         wanted = min(wanted, len(hashes) // self._per_chunk)
+        if wanted <= done:
+            return
         last_blocks = (hashes[(chunk + 1) * self._per_chunk - 1] for chunk in range(done, wanted))
         mixed = np.frombuffer(b"".join(value[:KEY_BYTES] for value in last_blocks), dtype=np.uint8)
         data = (mixed.reshape(-1, KEY_BYTES) ^ self._mask).tobytes()
@@ -83,6 +85,8 @@ class KeySource:
         """The keys of a request, none yet. Raises ``Undescribed`` for one whose KV depends on something they cannot name."""
         if request.prompt_embeds is not None:
             raise Undescribed("a prompt given as embeddings")
+        if request.resumable:
+            raise Undescribed("a prompt that arrives as a stream")
         adapter = self._adapter(request.lora_request) if request.lora_request is not None else ""
         size, salt = self._model.chunk_size, request.cache_salt or ""
         if self.from_hashes and self._fits(request):
@@ -115,7 +119,7 @@ class KeySource:
         return digest.digest()[:KEY_BYTES]
 
     def _adapter(self, lora: Any) -> str:
-        """What tells an adapter's weights apart, wherever they lie: vLLM itself only knows its name."""
+        """What tells an adapter's weights apart: vLLM itself goes by its name and path."""
         if lora.load_inplace:
             raise Undescribed("a LoRA adapter that is replaced in place")
         known = (lora.lora_path, lora.lora_int_id)

@@ -1,52 +1,41 @@
-"""A real vLLM with and without VCache, as children of the test; a pool of two host devices for them."""
+"""A real vLLM with and without VCache, as children of the tests; pools of two host devices for them.
+
+An engine takes 12 s to start on a quiet machine, so most tests of this package share three of them (``trio``): one without VCache
+and two that meet in a pool. Each test there has a part of the text of its own, so that none finds what another left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pytest
 
-from tests.support.processes import Child, Processes
+from tests.support.processes import Child, Processes, processes_using
 from tests.vllm.serving import ANSWER, Options
 from vcache.config import VCacheConfig
 from vcache.demo.prompt import read_prompt
 from vcache.errors import UnavailableError
+from vcache.protocol import ServerStats
 from vcache.server_query import fetch_stats
 
 CHUNK_SIZE = 256
-#: vLLM takes 10 s to start where nothing else runs.
-START_PATIENCE_S = 200.0
+#: Many times what anything takes where nothing else runs.
+PATIENCE_S = 600.0
 #: So that a miss means what the test is about, not that the machine was busy for a second.
 PATIENT = {"call_timeout": "30s", "connect_timeout": "30s", "lease": "60s"}
 # Words of a segment's header and of a record (docs/segment-format.md).
 DIRECTORY_WORD, RECORDS_WORD, DATA_WORD = 6, 7, 8
 RECORD_WORDS, GENERATION_WORD = 16, 15
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's Llama with seeded random weights. Built in a child, so that the tests' own process stays small."""
-    path = tmp_path_factory.mktemp("model")
-    children = Processes(path)
-    code = f"from pathlib import Path; from vcache.demo.model import build_model; build_model(Path({str(path / 'llama')!r}))"
-    try:
-        assert children.python("-c", code).wait() == 0
-    finally:
-        children.close()
-    return path / "llama"
-
-
-@pytest.fixture(scope="session")
-def prompt() -> list[int]:
-    """2,725 tokens of text."""
-    return read_prompt(None)
 
 
 class Answer:
@@ -83,6 +72,10 @@ class Engine:
         """The answer to a ``tell("generate", ...)``."""
         return Answer(self._answer())
 
+    def forget(self) -> None:
+        """Empties vLLM's own prefix cache."""
+        assert self.ask("forget") == {"done": True}
+
     def stop(self) -> None:
         """Lets it end by itself, as an engine does on shutdown."""
         assert self.child.popen.stdin is not None
@@ -90,45 +83,74 @@ class Engine:
         assert self.child.wait() == 0
 
     def _answer(self) -> dict[str, Any]:
-        line = self.child.expect(ANSWER, START_PATIENCE_S)
+        line = self.child.expect(ANSWER, PATIENCE_S)
         values: dict[str, Any] = json.loads(line[line.index(ANSWER) + len(ANSWER) :])
         return values
 
 
-StartEngine = Callable[..., Engine]
+class Host:
+    """A runtime directory, what serves in it, and the engines that use it."""
 
+    def __init__(self, runtime_dir: Path, processes: Processes, model: Path, files: Path) -> None:
+        self.config = VCacheConfig(runtime_dir=str(runtime_dir), server={"liveness_timeout": "60s"})
+        self.processes = processes
+        self.model = model
+        self._files = files
+        self._engines = itertools.count()
+        self.server: Child | None = None
+        self.donors: list[Child] = []
 
-@pytest.fixture
-def start_engine(runtime_dir: Path, processes: Processes, model: Path, tmp_path: Path) -> StartEngine:
-    """Starts an engine. ``device`` gives it VCache, with further options of the connector; else it is vLLM alone."""
-    started = 0
-
-    def start(device: str | None = None, connector: dict[str, Any] | None = None, **options: Any) -> Engine:
-        nonlocal started
-        started += 1
+    def engine(
+        self,
+        device: str | None = None,
+        connector: dict[str, Any] | None = None,
+        model: Path | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Starts an engine. ``device`` gives it VCache, with further options of the connector; else it is vLLM alone."""
         if device is not None:
-            connector = {"runtime_dir": str(runtime_dir), "device": device, "client": PATIENT, **(connector or {})}
-        path = tmp_path / f"engine-{started}.json"
-        path.write_bytes(msgspec.json.encode(Options(model=str(model), connector=connector, **options)))
-        return Engine(processes.python("-m", "tests.vllm.serving", str(path)))
+            runtime_dir = self.config.runtime_dir
+            connector = {"runtime_dir": runtime_dir, "device": device, "client": PATIENT, **(connector or {})}
+        path = self._files / f"engine-{next(self._engines)}.json"
+        path.write_bytes(msgspec.json.encode(Options(model=str(model or self.model), connector=connector, **options)))
+        return Engine(self.processes.python("-m", "tests.vllm.serving", str(path), config=self.config))
 
-    return start
+    def start_pool(self) -> None:
+        """A server and a stand-alone donor on each of two host devices."""
+        self.server = self.processes.server(self.config)
+        self.start_donors()
 
-
-class Pool:
-    """A server and a stand-alone donor on each of two host devices."""
-
-    def __init__(self, config: VCacheConfig, processes: Processes) -> None:
-        self.config = config
-        self.server = processes.server(config)
+    def start_donors(self) -> None:
         self.donors = [
-            processes.python("-m", "vcache.cli", "donate", "--device", device, "--size", "64MiB", config=config)
+            self.processes.python(
+                "-m", "vcache.cli", "donate", "--device", device, "--size", "64MiB", config=self.config
+            )
             for device in ("cpu:0", "cpu:1")
         ]
-        deadline = time.monotonic() + START_PATIENCE_S
-        while not self._serving():
-            assert time.monotonic() < deadline, "\n".join(donor.report() for donor in self.donors)
-            time.sleep(0.05)  # polled: what is waited for is another process's state
+        self.await_pool(lambda stats: [segment.state for segment in stats.segments].count("serving") == 2)
+
+    def restart_server(self) -> None:
+        """Kills the server and starts another, which learns from the donors what there is."""
+        assert self.server is not None
+        self.server.kill()
+        self.server = self.processes.server(self.config)
+        self.await_pool(lambda stats: [segment.state for segment in stats.segments].count("serving") == 2)
+
+    def await_pool(self, condition: Callable[[ServerStats], bool]) -> None:
+        """Waits until the server's state is as it should be. Polled: it is another process's."""
+        deadline = time.monotonic() + PATIENCE_S
+        stats: ServerStats | None = None
+        while time.monotonic() < deadline:
+            with contextlib.suppress(UnavailableError):
+                stats = fetch_stats(self.config, timeout_s=5)
+                if condition(stats):
+                    return
+            time.sleep(0.02)
+        reports = "\n".join(child.report() for child in self.donors)
+        raise AssertionError(f"the pool never got there: {stats}\n{reports}")
+
+    def entries(self) -> int:
+        return fetch_stats(self.config, timeout_s=30).entries
 
     def zero_payloads(self) -> None:
         """Overwrites the bytes of everything stored; records stay as they are."""
@@ -147,13 +169,70 @@ class Pool:
         assert len(files) == 2
         return [np.memmap(file, dtype=np.uint64, mode="r+") for file in files]
 
-    def _serving(self) -> bool:
-        with contextlib.suppress(UnavailableError):
-            segments = fetch_stats(self.config, timeout_s=0.5).segments
-            return len(segments) == 2 and all(segment.state == "serving" for segment in segments)
-        return False
+
+@contextlib.contextmanager
+def a_host(model: Path, files: Path) -> Iterator[Host]:
+    """A host of its own, and nothing of it left afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
+    processes = Processes(files)
+    try:
+        yield Host(directory, processes, model, files)
+    finally:
+        processes.close()
+        users = processes_using(directory)
+        shutil.rmtree(directory)
+    assert not users, f"processes {users} still used {directory} after the test"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's Llama with seeded random weights."""
+    path = tmp_path_factory.mktemp("model") / "llama"
+    build(
+        path, f"from pathlib import Path; from vcache.demo.model import build_model; build_model(Path({str(path)!r}))"
+    )
+    return path
+
+
+def build(path: Path, code: str) -> None:
+    """Runs ``code`` in a child, so that the tests' own process stays small."""
+    children = Processes(path.parent)
+    try:
+        assert children.python("-c", code).wait(PATIENCE_S) == 0, children.children[0].report()
+    finally:
+        children.close()
+
+
+@pytest.fixture(scope="session")
+def prompt() -> list[int]:
+    """2,725 tokens of text."""
+    return read_prompt(None)
 
 
 @pytest.fixture
-def pool(runtime_dir: Path, processes: Processes) -> Pool:
-    return Pool(VCacheConfig(runtime_dir=str(runtime_dir), server={"liveness_timeout": "60s"}), processes)
+def host(model: Path, tmp_path: Path) -> Iterator[Host]:
+    """A host for one test, with nothing on it yet."""
+    with a_host(model, tmp_path) as host:
+        yield host
+
+
+class Trio(NamedTuple):
+    """vLLM alone, and two engines that share a pool."""
+
+    alone: Engine
+    first: Engine
+    second: Engine
+    host: Host
+
+
+@pytest.fixture(scope="package")
+def trio(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """Three engines shared by the tests of this package. Prefills go in steps of 512 tokens; float32, so that no rounding
+    decides between tokens where the engines compute in different shapes."""
+    with a_host(model, tmp_path_factory.mktemp("trio")) as host:
+        host.start_pool()
+        options: dict[str, Any] = {"dtype": "float32", "step_tokens": 512}
+        alone = host.engine(**options)
+        first = host.engine("cpu:0", events=True, **options)
+        second = host.engine("cpu:1", **options)
+        yield Trio(alone, first, second, host)

@@ -15,12 +15,18 @@ from typing import Any
 import msgspec
 
 ANSWER = "ANSWER "
+LOADING = "LOADING"
 BLOCK_SIZE = 32
 SOURCES = "vllm:prompt_tokens_by_source"
+OURS = "vllm:vcache_"
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the engine is started. ``connector``: the connector's options, None for vLLM alone."""
+    """How the engine is started. ``connector``: the connector's options, None for vLLM alone.
+
+    processes: vLLM's own engine process, with a worker process for each of ``tensor_parallel`` and ``pipeline_parallel`` ranks.
+    plugin: the connector is found by vLLM's plugins, without a module path.
+    """
 
     model: str
     connector: dict[str, Any] | None = None
@@ -29,7 +35,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_blocks: int | None = None
     max_model_len: int = 4096
     prefix_caching: bool = True
-    pause_before_load: bool = False
+    processes: bool = False
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    role: str = "kv_both"
+    plugin: bool = False
+    events: bool = False
 
 
 class Serving:
@@ -37,17 +48,23 @@ class Serving:
 
     def __init__(self, options: Options) -> None:
         os.environ.update(
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_ENABLE_V1_MULTIPROCESSING="1" if options.processes else "0",
             VLLM_CPU_KVCACHE_SPACE="1",
             VLLM_NO_USAGE_STATS="1",
             HF_HUB_OFFLINE="1",
             VLLM_LOGGING_LEVEL="WARNING",
         )
+        ranks = options.tensor_parallel * options.pipeline_parallel
+        if ranks > 1:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+                str(cpu) for cpu in sorted(os.sched_getaffinity(0))[:ranks]
+            )
         from vllm import LLM
-        from vllm.config import KVTransferConfig
+        from vllm.config import KVEventsConfig, KVTransferConfig
 
-        if options.pause_before_load:
-            pause_before_each_load()
+        self._events: list[Any] = []
+        if options.events:
+            self._record_events()
         self.llm = LLM(
             model=options.model,
             dtype=options.dtype,
@@ -60,13 +77,16 @@ class Serving:
             max_num_seqs=4,
             num_gpu_blocks_override=options.num_blocks,
             enable_prefix_caching=options.prefix_caching,
+            tensor_parallel_size=options.tensor_parallel,
+            pipeline_parallel_size=options.pipeline_parallel,
             disable_log_stats=False,
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null") if options.events else None,
             kv_transfer_config=None
             if options.connector is None
             else KVTransferConfig(
                 kv_connector="VCacheConnector",
-                kv_connector_module_path="vcache_vllm",
-                kv_role="kv_both",
+                kv_connector_module_path=None if options.plugin else "vcache_vllm",
+                kv_role=options.role,
                 kv_load_failure_policy="recompute",
                 kv_connector_extra_config=options.connector,
             ),
@@ -74,53 +94,88 @@ class Serving:
 
     def generate(self, prompts: list[list[int]], max_tokens: int, salt: str | None = None) -> dict[str, Any]:
         """Answers prompts that arrive together."""
-        from vllm import SamplingParams
-
-        before = self._sources()
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        before = self._metrics(SOURCES, "source")
         extra = {} if salt is None else {"cache_salt": salt}
-        outputs = self.llm.generate([{"prompt_token_ids": ids, **extra} for ids in prompts], sampling, use_tqdm=False)
-        after = self._sources()
+        inputs: Any = [{"prompt_token_ids": ids, **extra} for ids in prompts]
+        outputs = self.llm.generate(inputs, self._sampling(max_tokens), use_tqdm=False)
+        after = self._metrics(SOURCES, "source")
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "cached": [output.num_cached_tokens for output in outputs],
             "sources": {name: int(after[name] - before.get(name, 0)) for name in after},
         }
 
-    def forget(self) -> dict[str, Any]:
-        """Empties vLLM's own prefix cache."""
-        return {"done": self.llm.reset_prefix_cache()}
+    def abort(self, prompt: list[int], steps: int) -> dict[str, Any]:
+        """Aborts a request after so many of its steps."""
+        engine: Any = self.llm.llm_engine
+        engine.add_request("to-be-aborted", {"prompt_token_ids": prompt}, self._sampling(8))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(["to-be-aborted"])
+        for _ in range(5):
+            engine.step()
+        return {"unfinished": engine.has_unfinished_requests()}
+
+    def forget(self, connector: bool = False) -> dict[str, Any]:
+        """Empties vLLM's own prefix cache; with ``connector``, the pool too."""
+        return {"done": self.llm.reset_prefix_cache(reset_connector=connector)}
 
     def stats(self) -> dict[str, Any]:
-        """What the connector in this process counted."""
+        """What the connector in this process counted, once what it began is done."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         connector: Any = get_kv_transfer_group()
         return dict(connector.stats())
 
-    def _sources(self) -> dict[str, float]:
-        return {m.labels["source"]: m.value for m in self.llm.get_metrics() if m.name == SOURCES}
+    def metrics(self) -> dict[str, Any]:
+        """Our Prometheus metrics, as vLLM publishes them."""
+        return {metric.name: metric.value for metric in self.llm.get_metrics() if metric.name.startswith(OURS)}
 
+    def events(self) -> dict[str, Any]:
+        """The KV events that vLLM took from the connector since the last call: kind, medium, number of hashes."""
+        taken, self._events = self._events, []
+        return {"events": [(type(event).__name__, event.medium, len(event.block_hashes)) for event in taken]}
 
-def pause_before_each_load() -> None:
-    """Wraps the engine's real load: says ``LOADING`` and waits for a line before the bytes are copied."""
-    from vcache.engine import VCacheEngine
+    def pause_next_load(self) -> dict[str, Any]:
+        """Wraps the engine's real load, once: says ``LOADING`` and waits for a line before the bytes are copied."""
+        from vcache.engine import VCacheEngine
 
-    begin = VCacheEngine.begin_retrieve
+        begin = VCacheEngine.begin_retrieve
 
-    def begin_after_pause(self: VCacheEngine, *arguments: Any) -> Any:
-        print("LOADING", flush=True)
-        sys.stdin.readline()
-        return begin(self, *arguments)
+        def begin_after_pause(engine: VCacheEngine, *arguments: Any) -> Any:
+            setattr(VCacheEngine, "begin_retrieve", begin)  # noqa: B010 - mypy refuses the plain assignment
+            print(LOADING, flush=True)
+            sys.stdin.readline()
+            return begin(engine, *arguments)
 
-    setattr(VCacheEngine, "begin_retrieve", begin_after_pause)  # noqa: B010 - mypy refuses the plain assignment
+        setattr(VCacheEngine, "begin_retrieve", begin_after_pause)  # noqa: B010
+        return {}
+
+    def _record_events(self) -> None:
+        from vcache_vllm.connector import VCacheConnector
+
+        take = VCacheConnector.take_events
+
+        def take_and_record(connector: VCacheConnector) -> Any:
+            taken = list(take(connector))
+            self._events += taken
+            return taken
+
+        setattr(VCacheConnector, "take_events", take_and_record)  # noqa: B010
+
+    def _sampling(self, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+
+    def _metrics(self, name: str, label: str) -> dict[str, float]:
+        return {m.labels[label]: m.value for m in self.llm.get_metrics() if m.name == name}
 
 
 def main() -> None:
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Options)
     serving = Serving(options)
     print(ANSWER + json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         command = json.loads(line)
         answer = getattr(serving, command.pop("do"))(**command)
         print(ANSWER + json.dumps(answer), flush=True)

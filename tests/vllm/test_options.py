@@ -1,4 +1,4 @@
-"""Bad options of the connector fail when it is made, and the error names the option and what would work."""
+"""Bad options of the connector fail when it is made, and the error names the option and what would work; the page is right."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vcache_vllm.counters import CONNECTOR_COUNTERS
 from vcache_vllm.options import ConnectorOptions
 
+from tests.support.processes import REPOSITORY
 from vcache.errors import ConfigError
 
 pytestmark = pytest.mark.vllm
@@ -33,6 +35,7 @@ def test_options_have_the_names_of_the_configuration_file(tmp_path: Path) -> Non
         ({"block_size": 16}, "block_size = 16"),
         ({"chunk_size": 200}, "chunk_size = 200"),
         ({"donate": "1GiB"}, "segment.size says how much"),
+        ({"load_async": "yes"}, "load_async = 'yes'"),
         ({"device": 0}, "device = 0"),
         ({"segment": {"size": "many"}}, "segment.size"),
     ],
@@ -40,3 +43,9 @@ def test_options_have_the_names_of_the_configuration_file(tmp_path: Path) -> Non
 def test_a_bad_option_is_named(extra: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ConnectorOptions.of(extra, block_size=128)
+
+
+def test_every_counter_stands_in_the_documentation() -> None:
+    page = (REPOSITORY / "docs" / "vllm.md").read_text()
+    for name, meaning in CONNECTOR_COUNTERS.items():
+        assert f"| `{name}` | {meaning} |" in page
