@@ -14,7 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.server.world import SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
 from vcache import protocol
+from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
+from vram_metadata_server.reservations import Reservation
 from vram_metadata_server.service import Service
 
 CHAINS = "ABC"  # chain C has two ranks and tenant 1
@@ -41,6 +43,7 @@ class Pool(RuleBasedStateMachine):
         self.indexed: dict[int, tuple[bytes, int]] = {}  # every generation that ever was a placement: key, tenant
         self.registered: set[bytes] = set()  # segments registered in this term
         self.add_donor()
+        self.add_donor()
         self.add_writer()
 
     # --- who is there ---------------------------------------------------------------------------------------------
@@ -62,7 +65,11 @@ class Pool(RuleBasedStateMachine):
     def add_donor(self) -> None:
         self.made += 1
         donation = Donation(
-            Client(self.world, f"d{self.made}"), SegmentMemory(f"m{self.made}", records=3, units=3), register=False
+            Client(self.world, f"d{self.made}"),
+            SegmentMemory(f"m{self.made}", records=3, units=3),
+            tier=Tier.VRAM if self.made % 2 else Tier.DRAM,
+            spills=self.made % 2 == 0,
+            register=False,
         )
         self.donors.append(donation.donor)
         donation.register(anew=False)
@@ -128,6 +135,20 @@ class Pool(RuleBasedStateMachine):
         if name == "B":
             more["ttl_s"] = 6
         client.reserve(chain(name, first, count), parent=parent, units=units, **more)
+
+    @rule(pick=picks, name=st.sampled_from("AB"), count=st.integers(1, 3))
+    def store(self, pick: int, name: str, count: int) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None and not client.outstanding:
+            client.store(chain(name, 0, count))
+            self.world.tick(drained=False)
+
+    @rule(pick=picks, name=chains, at=positions, rank=st.integers(0, 1), tier=st.sampled_from(Tier))
+    def reserve_a_copy(self, pick: int, name: str, at: int, rank: int, tier: Tier) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            more: dict[str, Any] = {"rank": rank, "ranks": 2, "tenant": 1} if name == "C" else {}
+            client.reserve([key(f"{name}{at}")], parent=key(f"{name}{at - 1}") if at else b"", into_tier=tier, **more)
 
     @rule(pick=picks, steps=st.sampled_from([1, 4]))
     def advance(self, pick: int, steps: int) -> None:
@@ -204,6 +225,7 @@ class Pool(RuleBasedStateMachine):
             client.flush()
             self._note_indexed()
             gone = {g for g, (found, _) in self.indexed.items() if found == key(f"{name}{at}")}
+            gone |= {g for g, copy in self.copies().items() if copy.key == key(f"{name}{at}")}
             number = client.send(protocol.Remove, key(f"{name}{at}"))
             self.removals.append((client, number, gone, self.world.service.term))
 
@@ -214,6 +236,7 @@ class Pool(RuleBasedStateMachine):
             client.flush()
             self._note_indexed()
             gone = {g for g, (_, found) in self.indexed.items() if everything or found == tenant}
+            gone |= {g for g, copy in self.copies().items() if everything or copy.tenant == tenant}
             number = client.send(protocol.Clear, tenant, everything)
             self.removals.append((client, number, gone, self.world.service.term))
 
@@ -224,6 +247,18 @@ class Pool(RuleBasedStateMachine):
         donation = self.one(pick, self.donations())
         if donation is not None:
             donation.obey(most)
+
+    @rule(pick=picks)
+    def demotion_begins(self, pick: int) -> None:
+        donation = self.one(pick, [donation for donation in self.donations() if donation.sinking])
+        if donation is not None:
+            donation.begin_demotion()
+
+    @rule(pick=picks)
+    def demotion_ends(self, pick: int) -> None:
+        donation = self.one(pick, [donation for donation in self.donations() if donation.copying])
+        if donation is not None:
+            donation.finish_demotion()
 
     @rule(pick=picks, pages=st.sampled_from([1, None]))
     def hand_over(self, pick: int, pages: int | None) -> None:
@@ -328,6 +363,9 @@ class Pool(RuleBasedStateMachine):
                     assert segments is not None and of_term != term and segment_id not in segments, (
                         "a removed entry is back"
                     )
+
+    def copies(self) -> dict[int, Reservation]:
+        return self.world.service.catalog.reservations.copies
 
     def _note_indexed(self) -> None:
         index = self.world.service.catalog.index
