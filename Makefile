@@ -6,11 +6,10 @@ BIN := .venv/bin
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
-# Half of what tests do is wait for other processes.
+# Half of what tests do is wait for other processes. Serving engines do not, and run one after the other.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup
-# Request traces that `make bench` replays instead of a generated one; none need be there.
-TRACES ?= $(wildcard ../shared/traces/*.jsonl)
+PYTEST := $(BIN)/python -m pytest
+NONE_IS_FINE := || { [ $$? -eq 5 ] && echo "None of these tests is selected."; }
 
 help: ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,10 +21,11 @@ demo: environment ## Run the main job: two vLLM engines share a prefix (ARGS="--
 	@$(BIN)/vcache demo $(ARGS)
 
 test: environment ## Run the tests, real processes and one vLLM engine included
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-all: environment ## Run the slow matrix of real engines and faults
-	@$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "No test is marked slow and selected: nothing ran."; }
+	@$(PYTEST) -n $(WORKERS) -m "slow and not vllm" $(ARGS) $(NONE_IS_FINE)
+	@$(PYTEST) -m "slow and vllm" $(ARGS) $(NONE_IS_FINE)
 
 check: environment ## Formatting, lint, types, and that nothing unpickles or evaluates
 	$(BIN)/ruff format --check $(CHECKED)

@@ -26,14 +26,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device here")
 
 
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Serving engines come first, since they take longest, and one after the other, since each keeps all cores busy."""
-    for item in items:
-        if item.get_closest_marker("vllm") is not None:
-            item.add_marker(pytest.mark.xdist_group("vllm"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Serving engines come first, since they take longest."""
     items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
-    yield
 
 
 @pytest.fixture(autouse=True)

@@ -119,6 +119,6 @@ def test_causes_without_end_do_not_grow_the_memory():
 @pytest.mark.parametrize("shape", ["blob", "list"])
 def test_keys_are_written_in_the_form_an_operator_greps(caplog, shape):
     keys = [bytes([n]) * 16 for n in range(3)]
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger=logger.name):
         logger.debug("stored %s", KeyText(b"".join(keys) if shape == "blob" else keys))
     assert caplog.messages == ["stored " + " ".join(format_key(key) for key in keys)]
