@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from itertools import pairwise
 
 import pytest
 
 from tests.pool.conftest import QUICK
 from tests.pool.payloads import copy_out, fill, load, new_keys, start_write, store, until, until_serving
+from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.errors import CapacityError
 from vcache.memory.host import HostMemory
-from vcache.pool.donor import Donor, State
+from vcache.pool.donor import REFUSED_WAIT_S, Donor, State
 from vcache.pool.reading import begin_read
 
 MIB = 1 << 20
@@ -114,6 +117,27 @@ def test_a_segment_without_room_for_data_is_refused_and_registers_nothing(start_
     stats = client.stats()
     assert stats is not None
     assert stats.segments == []
+
+
+def test_a_registration_that_is_refused_is_not_repeated_at_once(quick, open_client, open_donor):
+    config, _ = quick
+    client = open_client(config)
+    request = client.background.request
+    refused: list[float] = []
+    takes = threading.Event()
+
+    def refuse(make, on_reply):
+        if takes.is_set() or not isinstance(make(1, b"s" * 16, 1), protocol.RegisterSegment):
+            return request(make, on_reply)
+        refused.append(time.monotonic())
+        return on_reply(protocol.Error(1, protocol.ErrorCode.BAD_REQUEST, "no such field"))
+
+    client.background.request = refuse
+    donor = open_donor(config, client, registered=False)
+    until(lambda: len(refused) == 3, "three attempts")
+    takes.set()
+    assert all(later - earlier >= REFUSED_WAIT_S for earlier, later in pairwise(refused))
+    assert donor.wait_registered(60)
 
 
 def test_a_restarted_server_gets_everything_back_page_by_page(runtime_dir, processes, open_client, open_donor):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from enum import Enum
 from itertools import islice
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: A record in a handover takes less than this on the wire.
 _RECORD_WIRE_BYTES: Final = 160
+#: Before a registration that the server refused is tried again: it says why in the log, and will hardly change its mind soon.
+REFUSED_WAIT_S: Final = 1.0
 
 
 class State(Enum):
@@ -82,6 +85,7 @@ class Donor:
         self._pages: Iterator[RecordInfo] = iter(())
         self._sent: tuple[list[RecordInfo], bool] = ([], False)
         self._page_is_lost = False
+        self._not_before = 0.0
         self._registered = threading.Event()
         self._drained = threading.Event()
         self._drain_asked = False
@@ -155,7 +159,7 @@ class Donor:
     def on_tick(self) -> None:
         if self._drain_asked and not self._drained.is_set():
             self._drain()
-        elif self._state is State.WAITING and self._background.term:
+        elif self._state is State.WAITING and self._background.term and time.monotonic() >= self._not_before:
             self._register()
         elif self._state is State.HANDING_OVER and self._page_is_lost:
             self._send_page()  # or it was only late: a page sent twice is harmless
@@ -230,6 +234,7 @@ class Donor:
         else:
             self._state = State.WAITING  # and the next tick tries again
             if isinstance(reply, Error):
+                self._not_before = time.monotonic() + REFUSED_WAIT_S
                 self._refused("register", reply)
 
     def _records(self) -> Iterator[RecordInfo]:
