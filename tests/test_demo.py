@@ -21,7 +21,7 @@ from vcache.errors import ConfigError
 MIB = 1 << 20
 PATIENCE_S = 280.0
 #: Where engine B loads the prefix from, in this order.
-PLACES = ["vram", "mooncake"]
+PLACES = ["vram", "dram", "mooncake"]
 GOLDEN = [1862, 3844, 4014, 4054, 1724, 1554]
 
 

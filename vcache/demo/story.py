@@ -32,6 +32,7 @@ from vcache.demo.pool import (
 )
 from vcache.demo.processes import Child, Stage
 from vcache.demo.specs import Moved
+from vcache.protocol import ServerStats
 
 #: What eviction leaves of a full segment: less than what A stores last, so that all of the prefix goes.
 LOW_WATERMARK: Final = 0.15
@@ -92,6 +93,11 @@ class Scene:
         with self._display.step(f"{first.name} computes the prompt and stores it") as on_stage:
             answers = [first.answer(on_stage)]
         answers.append(self._load(second, "vram", f"{second.name} loads it from {first.name}'s segment"))
+        with self._display.step(f"{first.name} stores more than its segment holds: the prefix is demoted") as on_stage:
+            first.store_others(self.others, on_stage)
+            on_stage("waiting for the demotion")
+            await_pool(self._stage, self.config, self._is_demoted, what="the prefix to be demoted")
+        answers.append(self._load(second, "dram", f"{second.name} loads it from the DRAM tier"))
         with self._display.step(f"killing {first.name} and every donor: no segment is left"):
             self._stage.kill([first.child, *self._donors])
             await_pool(self._stage, self.config, lambda stats: not stats.segments, what="the donors to be missed")
@@ -104,6 +110,13 @@ class Scene:
             figures = engine.answer(on_stage)
         found = device if figures.source == expected else ""
         return msgspec.structs.replace(figures, expected=expected, source_device=found)
+
+    def _is_demoted(self, stats: ServerStats) -> bool:
+        """Whether the DRAM tier has as many chunks as the prefix, and VRAM no more than what was stored after it."""
+        used = {"vram": 0, "dram": 0}
+        for segment in stats.segments:
+            used[segment.tier] += segment.records_used
+        return used["dram"] >= self.chunks and used["vram"] <= self.others
 
 
 def _config(stage: Stage, mooncake: str) -> VCacheConfig:
