@@ -84,10 +84,12 @@ class Catalog:
 
     def offer(self, entry: Entry | None) -> None:
         """Offers what may go of a whole entry to the eviction policy."""
-        if entry is not None and not entry.missing:
-            for placement in entry.placements():
-                if placement.may_go:
-                    self.policy.offer(placement)
+        if entry is None or entry.missing:
+            return
+        # The only shard by itself: said of each chunk that is committed, and most have a child that keeps them.
+        for placement in (entry.shards[0],) if entry.packed and len(entry.shards) == 1 else entry.placements():
+            if placement is not None and placement.may_go:
+                self.policy.offer(placement)
 
     # --- entries go -----------------------------------------------------------------------------------------------
 

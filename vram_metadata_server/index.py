@@ -67,9 +67,10 @@ class Placement(msgspec.Struct, gc=False, eq=False):
     def may_go(self) -> bool:
         """Whether no other chunk needs it as its forerunner: its entry is a leaf, or one in VRAM, or has this shard twice."""
         entry = self.entry
-        if entry.children <= entry.leaving:
+        leaving = entry.leaving
+        if entry.children <= leaving:
             return True
-        if self.segment.info.tier is Tier.VRAM and entry.vram_children <= entry.leaving:
+        if entry.in_vram and entry.vram_children <= leaving and self.segment.info.tier is Tier.VRAM:
             return True
         first = entry.shards[self.rank]
         return first is not None and first.next is not None

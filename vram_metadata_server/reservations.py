@@ -139,8 +139,10 @@ class ReservationTable:
 
     def _enlist(self, reservation: Reservation) -> None:
         name = (reservation.key, reservation.rank)
-        reservation.next = self._live.get(name)
-        self._live[name] = reservation
+        first = self._live.setdefault(name, reservation)
+        if first is not reservation:
+            reservation.next = first
+            self._live[name] = reservation
 
     def _deadline(self, generation: int) -> float | None:
         reservation = self._by_generation.get(generation)

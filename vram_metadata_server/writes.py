@@ -56,7 +56,8 @@ class Writes:
         able = segments_for_write(catalog.segments_of(writer.host), writer, request, catalog.settings.placement)
         best = able[-1] if able else None
         others = able[:-1]
-        standing = self._standing_of_copy if is_for_copy(request) else self._standing
+        is_copy = is_for_copy(request)
+        standing = self._standing_of_copy if is_copy else self._standing
         room = OUTSTANDING_PER_SESSION - len(catalog.reservations.of_session(writer.id))
         outcomes = bytearray()
         granted: list[bytes] = []
@@ -67,7 +68,7 @@ class Writes:
                 if best is None or len(granted) >= room:
                     outcome = Outcome.DECLINED
                 else:
-                    packed = self._grant(writer, request, key, parent, able)
+                    packed = self._grant(writer, request, key, parent, able, is_copy)
                     if packed is None:
                         outcome = Outcome.NO_SPACE
                     else:
@@ -87,13 +88,16 @@ class Writes:
 
     def _standing(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
         """``GRANTED`` when nobody has or is writing this shard."""
-        entry = self._find(key)
+        catalog = self._catalog
+        entry = catalog.index.get(key)
+        if entry is not None and self._tombstones.sweeps:
+            entry = self._find(key)
         if entry is not None:
             if len(entry.shards) != request.ranks:
                 return Outcome.DECLINED
             if entry.shards[request.rank] is not None:
                 return Outcome.EXISTS
-        return Outcome.EXISTS if self._catalog.reservations.live(key, request.rank) is not None else Outcome.GRANTED
+        return Outcome.EXISTS if catalog.reservations.live(key, request.rank) is not None else Outcome.GRANTED
 
     def _standing_of_copy(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
         """``GRANTED`` when somebody has this shard, and nobody has or is writing it where the copy is to be."""
@@ -114,7 +118,7 @@ class Writes:
         return entry
 
     def _grant(
-        self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment]
+        self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment], is_copy: bool
     ) -> bytes | None:
         nbytes = request.nbytes
         found: tuple[int, int] | None = None
@@ -148,7 +152,7 @@ class Writes:
             pin_s=request.pin_s,
             deadline=catalog.now + catalog.settings.reservation_s,
             live=True,
-            is_copy=is_for_copy(request),
+            is_copy=is_copy,
         )
         segment.records[record] = reservation
         catalog.reservations.add(reservation)
