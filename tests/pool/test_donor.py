@@ -141,7 +141,7 @@ def test_a_registration_that_is_refused_is_not_repeated_at_once(quick, open_clie
 
 
 def test_a_restarted_server_gets_everything_back_page_by_page(runtime_dir, processes, open_client, open_donor):
-    settings = {**QUICK["server"], "max_message_bytes": "512KiB"}
+    settings = {**QUICK["server"], "max_message_bytes": "512KiB", "reservation_timeout": 60.0}
     config = VCacheConfig(
         runtime_dir=str(runtime_dir), server=settings, client=QUICK["client"], segment={"records": 5000}
     )
