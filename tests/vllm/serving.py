@@ -24,7 +24,7 @@ OURS = "vllm:vcache_"
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the engine is started. ``connector``: the connector's options, None for vLLM alone.
 
-    processes: vLLM's own engine process, with a worker process for each of ``tensor_parallel`` and ``pipeline_parallel`` ranks.
+    processes: vLLM's own engine process, with a worker process for each of ``tensor_parallel`` ranks.
     plugin: the connector is found by vLLM's plugins, without a module path.
     """
 
@@ -37,7 +37,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_caching: bool = True
     processes: bool = False
     tensor_parallel: int = 1
-    pipeline_parallel: int = 1
     role: str = "kv_both"
     plugin: bool = False
     events: bool = False
@@ -54,7 +53,7 @@ class Serving:
             HF_HUB_OFFLINE="1",
             VLLM_LOGGING_LEVEL="WARNING",
         )
-        ranks = options.tensor_parallel * options.pipeline_parallel
+        ranks = options.tensor_parallel
         if ranks > 1:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
                 str(cpu) for cpu in sorted(os.sched_getaffinity(0))[:ranks]
@@ -78,7 +77,6 @@ class Serving:
             num_gpu_blocks_override=options.num_blocks,
             enable_prefix_caching=options.prefix_caching,
             tensor_parallel_size=options.tensor_parallel,
-            pipeline_parallel_size=options.pipeline_parallel,
             disable_log_stats=False,
             kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null") if options.events else None,
             kv_transfer_config=None
