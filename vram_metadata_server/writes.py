@@ -20,7 +20,7 @@ from vram_metadata_server.pins import PinTable
 from vram_metadata_server.placement import is_for_copy, is_target, segments_for_write
 from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.removal import Removal
-from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, Reservation, chain
+from vram_metadata_server.reservations import NOBODY, OUTSTANDING_PER_SESSION, Reservation, chain
 from vram_metadata_server.segments import Retiring, Segment, SegmentState
 from vram_metadata_server.tombstones import Tombstones
 
@@ -232,7 +232,8 @@ class Writes:
                 self._expire(reservation)
                 reservation.segment = None
                 _answer(reservation)
-                if reservation.stopped:
+                # A record that was found without an owner is found again if its memory comes back.
+                if reservation.stopped or reservation.session == NOBODY:
                     self.settle(reservation)
 
     def heard_from(self, session: bytes, seen: int, outstanding: Iterable[int]) -> None:
