@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pool.payloads import until
 from tests.support.processes import processes_using
 from vcache.config import VCacheConfig
 
@@ -16,6 +17,13 @@ ECHO = "for line in __import__('sys').stdin: print('got', line.strip(), flush=Tr
 
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return state_of(pid) == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_lines_go_both_ways(processes):
@@ -60,7 +68,7 @@ def test_kill_ends_what_the_child_started_too_even_when_suspended(processes):
     child.suspend()
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    assert not Path(f"/proc/{grandchild}").exists() or state_of(grandchild) == "Z"
+    until(lambda: has_ended(grandchild), "the grandchild's end")
 
 
 def test_children_see_this_test_s_host_and_no_other_settings(runtime_dir, processes, monkeypatch):
