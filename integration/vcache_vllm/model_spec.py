@@ -39,6 +39,9 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
     for spec in layer_specs(groups[0]):
         if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
             return f"a layer's KV is of the kind {type(spec).__name__}; only full attention is supported yet"
+        # Said so where vLLM leaves its hybrid KV cache manager off: such layers keep the whole prefix, but see a window of it.
+        if getattr(spec, "sliding_window", None) is not None or getattr(spec, "attention_chunk_size", None) is not None:
+            return "a layer sees only a window of the tokens before; only full attention is supported yet"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "calculate_kv_scales makes the scales of the KV cache depend on what this process saw first"
     return ""

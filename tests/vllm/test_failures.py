@@ -72,9 +72,13 @@ def test_serving_outlives_whatever_happens_to_the_pool(host: Host, trio: Trio, p
     host.restart_server()
     await_server(engine)
     host.await_pool(lambda stats: stats.entries == 2)  # as the donors hand them over
-    engine.forget()
-    answer = engine.generate(text)
-    assert (answer.loaded, answer.tokens) == (2 * CHUNK_SIZE, expected.tokens)
+    for _ in range(10):  # scheduler and worker find the new server each in its own time; until both have, it is a miss
+        engine.forget()
+        answer = engine.generate(text)
+        assert answer.tokens == expected.tokens
+        if answer.loaded:
+            break
+    assert answer.loaded == 2 * CHUNK_SIZE
 
     engine.forget()
     engine.ask("pause_next_load")
