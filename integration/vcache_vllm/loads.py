@@ -106,13 +106,14 @@ class Loads:
 
         What belongs there goes into blocks of the second chunk, which is loaded over it afterwards.
         """
+        engine, salt = self._engine, order.salt
         if not order.kept:
-            return self._engine.begin_retrieve(order.keys, order.blocks).complete()
+            return engine.begin_retrieve(order.keys, order.blocks, order.parent, salt=salt).complete()
         edge = order.blocks[:1].copy()
         edge[0, : order.kept] = order.blocks[1, : order.kept]
-        if not self._engine.begin_retrieve(order.keys[:1], edge).complete():
+        if not engine.begin_retrieve(order.keys[:1], edge, order.parent, salt=salt).complete():
             return 0
-        return 1 + self._engine.begin_retrieve(order.keys[1:], order.blocks[1:]).complete()
+        return 1 + engine.begin_retrieve(order.keys[1:], order.blocks[1:], order.keys[0], salt=salt).complete()
 
 
 def _blocks_missing(order: LoadOrder, loaded: int) -> set[int]:

@@ -20,7 +20,7 @@ BlockIds = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Chunks to be loaded for one request.
+    """Consecutive chunks to be loaded for one request; ``parent`` is the key before them.
 
     ``blocks[i, j]`` takes the j-th block of chunk ``i``. The first ``kept`` blocks of the first chunk are there already (a
     local hit, perhaps shared with others) and must not be touched; there is then a second chunk. ``keys`` is empty for an
@@ -31,6 +31,8 @@ class LoadOrder:
     keys: tuple[ChunkKey, ...]
     blocks: BlockIds
     kept: int = 0
+    parent: ChunkKey | None = None
+    salt: str = ""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,9 @@ class SchedulerSide:
         blocks = block_ids(table[first * self._per_chunk : prompt.hits * self._per_chunk])
         keys = tuple(prompt.keys[first : prompt.hits])
         if len(blocks) == len(keys) * self._per_chunk and tokens <= len(blocks) * self._block_size:
-            order = LoadOrder(request_id, keys, blocks.reshape(len(keys), self._per_chunk), kept)
+            parent = prompt.keys[first - 1] if first else None
+            salt = prompt.request.cache_salt or ""
+            order = LoadOrder(request_id, keys, blocks.reshape(len(keys), self._per_chunk), kept, parent, salt)
         else:
             order = LoadOrder(request_id, (), block_ids(table[first * self._per_chunk + kept :]))
         self._to_load[request_id] = order
