@@ -1,6 +1,6 @@
 # The commands of this repository. Each does its own set-up: `make demo` and `make test` work on a fresh machine.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean environment
+.PHONY: help demo test test-all soak check format bench clean environment
 BIN := .venv/bin
 # What the packages and their checks are made of; tests are typed less strictly.
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
@@ -26,6 +26,9 @@ test: environment ## Run the tests, real processes and one vLLM engine included
 test-all: environment ## Run the slow matrix of real engines and faults
 	@$(PYTEST) -n $(WORKERS) -m "slow and not vllm" $(ARGS) $(NONE_IS_FINE)
 	@$(PYTEST) -m "slow and vllm" $(ARGS) $(NONE_IS_FINE)
+
+soak: environment ## Run the property tests with new examples, many of them
+	$(PYTEST) -n $(WORKERS) -m hypothesis --hypothesis-profile=soak --timeout 3600 $(ARGS)
 
 check: environment ## Formatting, lint, types, and that nothing unpickles or evaluates
 	$(BIN)/ruff format --check $(CHECKED)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
-from tests.support.processes import Child, Processes, processes_using
+from tests.support.processes import Child, Processes, host_directory
 from vcache.config import VCacheConfig
+
+# The same examples in every run, so that nobody's change fails for what another one did. `make soak` looks for new ones.
+settings.register_profile("main", derandomize=True, deadline=None)
+settings.register_profile("soak", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile("main")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -48,17 +50,9 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """
     default = VCacheConfig().runtime_path
     existed = default.exists()
-    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
-    monkeypatch.setenv("VCACHE_RUNTIME_DIR", str(directory))
-    try:
+    with host_directory() as directory:
+        monkeypatch.setenv("VCACHE_RUNTIME_DIR", str(directory))
         yield directory
-    finally:
-        users = processes_using(directory)
-        for pid in users:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(directory)
-    assert not users, f"processes {users} still used {directory} after the test (they were killed)"
     assert existed or not default.exists(), f"{default} came into being: something ignored its runtime_dir"
 
 

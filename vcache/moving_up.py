@@ -6,7 +6,7 @@ is promised that is not there, and a part that fails leaves things as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -85,7 +85,7 @@ class MovesUp:
         here = (Tier.VRAM, client.host, client.device)
         return [info for info in client.session.infos() if (info.tier, info.host, info.device) == here]
 
-    def stretches_from_afar(self, placements: PlacementArray) -> Iterator[tuple[int, int]]:
+    def stretches_from_afar(self, placements: PlacementArray) -> list[tuple[int, int]]:
         """(start, end) of the placements that lie elsewhere than in VRAM of this host, as stretches of neighbours."""
         client = self._client
         near = (Tier.VRAM, client.host)
@@ -93,7 +93,7 @@ class MovesUp:
         infos = [client.session.info(number) for number in numbers.tolist()]
         is_far = np.array([info is None or (info.tier, info.host) != near for info in infos])
         edges = np.flatnonzero(np.diff(np.concatenate(([False], is_far[which], [False])).astype(np.int8)))
-        yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
     def chunks_from_store(self, run: Run) -> int:
         """How many of ``run``'s chunks ``from_store`` should be given at once."""

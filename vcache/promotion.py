@@ -14,18 +14,18 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from vcache.failures import FailureLog
 from vcache.heat import Heat
+from vcache.memory.copying import aside_on
 from vcache.moving_up import Moved, MovesUp, Run
 from vcache.prefetch import PrefetchHandle
 
 if TYPE_CHECKING:
+    import torch
+
     from vcache.config import PromotionConfig
     from vcache.keys import ChunkKey
     from vcache.pool.client import PlacementArray
@@ -92,9 +92,12 @@ class Promotion:
     def loaded_from_pool(self, run: Run, placements: PlacementArray) -> None:
         """``run`` was read at ``placements``: what was not in VRAM of this host may be copied to this device."""
         moves = self._moves
-        if not self._hits_needed or not moves.own_vram():
+        if not self._hits_needed:
             return
-        for start, end in moves.stretches_from_afar(placements):
+        stretches = moves.stretches_from_afar(placements)
+        if not stretches or not moves.own_vram():
+            return
+        for start, end in stretches:
             worth_it = self._worth_it(run.first(end).beyond(start))
             if worth_it.keys:
                 self._offer(_Errand(worth_it, moves.chunks_to_vram(run), moves.to_vram, "promoted_to_vram"))
@@ -201,7 +204,7 @@ class Promotion:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with _aside(self._device):
+        with aside_on(self._device):
             while (errand := self._next()) is not None:
                 is_over = errand.is_cancelled or self._is_over(errand)
                 with self._changed:
@@ -226,10 +229,3 @@ class Promotion:
             **{errand.counter: moved.moved},
         )
         return moved.stuck or not errand.run.keys
-
-
-def _aside(device: torch.device | None) -> AbstractContextManager[object]:
-    """On a GPU, a stream of its own: what is moved must not queue behind, or hold up, what the engine computes."""
-    if device is None or device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -12,7 +12,8 @@ or one, in the donors' records, and begins anew.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 
 import msgspec
 
@@ -46,8 +47,6 @@ class Demotions:
         self._catalog = catalog
         self._under_way: dict[int, Demotion] = {}  # by each generation ordered
         self._by_deadline: dict[int, Demotion] = {}  # by the first of its generations
-        self._dram: dict[bytes, list[Segment]] = {}  # segments of tier DRAM by host ...
-        self._dram_version = -1  # ... as of this version of the set of segments
         self._began: float | None = None  # when the term did
         self._waiting: dict[Segment, None] = {}  # short of space, and not evicted from for now
 
@@ -62,8 +61,7 @@ class Demotions:
         catalog = self._catalog
         if self._began is None or segment.info.tier is not Tier.VRAM or not catalog.counters["handed_over"]:
             return False
-        below = self._dram_of(segment.info.host)
-        is_served = any(other.state is SegmentState.SERVING for other in below)
+        is_served = any(other.state is SegmentState.SERVING for other in self._dram_of(segment.info.host))
         if is_served or catalog.now >= self._began + catalog.settings.liveness_s:
             return False
         self._waiting[segment] = None
@@ -201,15 +199,8 @@ class Demotions:
             self._catalog.pressure.nudge(below[0], nbytes)
         return bool(below)
 
-    def _dram_of(self, host: bytes) -> list[Segment]:
-        catalog = self._catalog
-        if self._dram_version != catalog.segments_version:
-            by_host: defaultdict[bytes, list[Segment]] = defaultdict(list)
-            for segment in catalog.segments.values():
-                if segment.info.tier is Tier.DRAM:
-                    by_host[segment.info.host].append(segment)
-            self._dram, self._dram_version = dict(by_host), catalog.segments_version
-        return self._dram.get(host, [])
+    def _dram_of(self, host: bytes) -> Iterator[Segment]:
+        return (segment for segment in self._catalog.segments_of(host) if segment.info.tier is Tier.DRAM)
 
     def check_integrity(self) -> None:
         """Raises ``AssertionError`` unless what is ordered and what is under way agree."""

@@ -118,5 +118,5 @@ class LeaseTable:
         assert {lease_id for mine in self._of_session.values() for lease_id in mine} == set(self._by_id)
         for session, mine in self._of_session.items():
             assert self._keys_of_session[session] == sum(len(lease.run) for lease in mine.values())
-        assert all(lease.deadline > now for lease in self._by_id.values()), "a lease outlived its deadline"
+        assert all(lease.deadline >= now for lease in self._by_id.values()), "a lease outlived its deadline"
         assert all(self._deadlines.covers(lease.id, lease.deadline) for lease in self)

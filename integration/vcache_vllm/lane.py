@@ -6,7 +6,6 @@ Tasks run one after the other. Not here: what they are (``stores.py``, ``loads.p
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
@@ -14,7 +13,7 @@ from typing import Final, TypeVar
 import torch
 
 from vcache.failures import FailureLog
-from vcache.transfer.threads import process_cpus
+from vcache.transfer.threads import run_anywhere
 
 T = TypeVar("T")
 #: Long enough for any task: each waits for the server or a store with a deadline of its own.
@@ -28,7 +27,7 @@ class Lane:
         self._name = name
         self._failures = failures
         # vLLM pins its own thread to one CPU, and a thread started from there would stay on it.
-        self._threads = ThreadPoolExecutor(1, f"vcache-{name}", _run_anywhere, (process_cpus(),))
+        self._threads = ThreadPoolExecutor(1, f"vcache-{name}", run_anywhere)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def run(self, task: Callable[[], T], otherwise: T) -> Future[T]:
@@ -68,8 +67,3 @@ class Lane:
         except Exception as error:
             self._failures.record(self._name, error)
             return otherwise
-
-
-def _run_anywhere(cpus: frozenset[int]) -> None:
-    with contextlib.suppress(OSError):  # a cpuset that shrank meanwhile: stay where the starting thread was
-        os.sched_setaffinity(0, cpus)

@@ -31,8 +31,10 @@ def quick(start_server):
 def open_client(runtime_dir) -> Iterator[Callable[..., PoolClient]]:
     clients: list[PoolClient] = []
 
-    def open_one(config: VCacheConfig, *, writes: bool = True, available: bool = True, **options) -> PoolClient:
-        client = PoolClient(config, device="cpu:0", writes=writes, **options)
+    def open_one(
+        config: VCacheConfig, *, device: str = "cpu:0", writes: bool = True, available: bool = True, **options
+    ) -> PoolClient:
+        client = PoolClient(config, device=device, writes=writes, **options)
         clients.append(client)
         if available:
             assert client.wait_available(60)

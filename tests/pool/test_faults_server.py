@@ -41,8 +41,8 @@ def running(*work: Callable[[], None]) -> Iterator[threading.Event]:
         stop.set()
         for thread in threads:
             thread.join()
-    if failures:
-        raise failures[0]
+        if failures:
+            raise failures[0]
 
 
 def churn(client, chunks: list, rounds: dict[str, int]) -> Callable[[], None]:
@@ -138,7 +138,7 @@ def test_a_donor_killed_under_load_takes_its_entries_only_and_no_byte_is_wrong(
 ):
     config, _ = quick
     survivor = open_donor(config, size=16 * MIB)
-    first, second = open_client(config), open_client(config)
+    first, second = open_client(config), open_client(config, device="cpu:1")  # what it writes goes to the doomed one
     safe = new_keys(4)
     assert store(first, safe, pin_s=600.0) == 4
     chunks: list = []

@@ -176,7 +176,7 @@ class Records(RuleBasedStateMachine):
 
 
 TestRecords = Records.TestCase
-TestRecords.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRecords.settings = settings(stateful_step_count=30)
 
 
 @pytest.mark.parametrize("record", [-1, 3])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.pool.payloads import until
-from tests.support.processes import Child, Processes, processes_using
+from tests.support.processes import Child, Processes, host_directory
 from vcache.config import VCacheConfig
 from vcache.pool.client import PoolClient
 from vcache.protocol import SegmentInfo
@@ -90,15 +88,8 @@ def until_announced(client: PoolClient, count: int = 1) -> None:
 @pytest.fixture
 def other_runtime_dir() -> Iterator[Path]:
     """A second host: as ``runtime_dir``, which is the first."""
-    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
-    try:
+    with host_directory() as directory:
         yield directory
-    finally:
-        users = processes_using(directory)
-        for pid in users:
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(directory)
-    assert not users, f"processes {users} still used {directory} after the test (they were killed)"
 
 
 @pytest.fixture

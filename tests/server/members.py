@@ -110,8 +110,8 @@ class Client:
             assert reply.code in (ErrorCode.STALE_TERM, ErrorCode.UNKNOWN_SESSION)
             was_dropped = suspended or reply.code is ErrorCode.UNKNOWN_SESSION
             self.hello()
-            for donation in self.donations:
-                donation.register(anew=was_dropped)
+            for donation in list(self.donations):
+                donation.come_back(anew=was_dropped)
             return
         for number in reply.gone:
             del self.infos[number]
@@ -256,8 +256,9 @@ class Reading:
     def copy(self) -> None:
         world = self.client.world
         for number, _, _, offset, nbytes in self.placements:
-            memory = world.memories[self.client.infos[number].segment_id]
-            self.copies.append([memory.cells[unit] for unit in memory.units_of(offset, nbytes)])
+            info = self.client.infos.get(number)  # none: it is gone since, and the reader has heard of it
+            memory = world.memories[info.segment_id] if info is not None else None
+            self.copies.append([memory.cells[unit] for unit in memory.units_of(offset, nbytes)] if memory else [])
 
     def validate(self) -> list[bool]:
         """Checks each record after the copy; what it says is right must be right."""
@@ -301,6 +302,7 @@ class Donation:
         self.copying: list[tuple[protocol.DemoteItem, Write]] = []  # reserved, not yet committed
         self.to_hand_over: list[RecordInfo] | None = None  # None: handed over
         self.is_to_register = False
+        self.is_draining = False
         self.remote = b""  # how other hosts read it
         donor.world.memories[memory.id] = memory
         donor.donations.append(self)
@@ -331,6 +333,18 @@ class Donation:
         self.number = reply.number
         self.is_to_register = False
         self.to_hand_over = self.scan()
+
+    def come_back(self, *, anew: bool) -> None:
+        """In a new session: registers, unless it was being taken back; then there is nobody to wait for any more."""
+        if self.is_draining:
+            self.leave()
+        else:
+            self.register(anew=anew)
+
+    def drain(self) -> None:
+        """Asks for the segment back."""
+        self.is_draining, self.is_to_register, self.to_hand_over = True, False, None
+        self.donor.call(protocol.DrainSegment, self.number, socket="background")
 
     def scan(self) -> list[RecordInfo]:
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vram_metadata_server.allocator import ALIGNMENT, ExtentAllocator, OverlapError
@@ -69,7 +69,6 @@ def test_extents_that_overlap_or_lie_outside_are_refused(used: list[tuple[int, i
         ExtentAllocator.around(0, 8 * ALIGNMENT, used)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 6 * ALIGNMENT)), max_size=60))
 def test_whatever_is_taken_and_freed_no_two_extents_overlap(steps: list[tuple[bool, int]]) -> None:
     space = ExtentAllocator(3 * ALIGNMENT, 40 * ALIGNMENT)

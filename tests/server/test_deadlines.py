@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.world import key
@@ -18,7 +18,6 @@ def entry(name: str = "a") -> Entry:
     return Entry(key(name), b"", 0, (None,), 1, 0)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(1, 50)))), st.integers(0, 60))
 def test_each_name_is_due_once_at_the_last_deadline_it_was_given(moves: list[tuple[int, int | None]], now: int) -> None:
     current: dict[int, float] = {}

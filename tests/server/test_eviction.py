@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.world import SETTINGS, Client, Donation, World, key
@@ -145,7 +145,6 @@ class Forest:
         return name
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["store", "use", "evict"]), st.integers(0, 3), st.integers(1, 5)), max_size=40)
 )

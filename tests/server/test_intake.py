@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.world import Client, World, key
@@ -40,7 +40,6 @@ def test_any_bytes_have_an_answer(message: bytes) -> None:
     assert found is None or 0 <= found < 1 << 63
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -72,7 +71,6 @@ _FIELDS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 19), st.lists(_FIELDS, max_size=9)), max_size=12))
 def test_no_well_formed_nonsense_of_a_member_upsets_it(calls: list[tuple[int, list[object]]]) -> None:
     world = World()

@@ -270,7 +270,7 @@ class Pool(RuleBasedStateMachine):
     def drain(self, pick: int) -> None:
         donation = self.one(pick, self.donations())
         if donation is not None and pick % 3 == 0:
-            donation.donor.call(protocol.DrainSegment, donation.number, socket="background")
+            donation.drain()
 
     @rule()
     def donors_work(self) -> None:
@@ -394,5 +394,5 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    stateful_step_count=60, suppress_health_check=list(HealthCheck)
 )

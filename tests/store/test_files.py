@@ -84,7 +84,7 @@ def test_a_missing_parent_is_not_made(tmp_path):
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from("prg"), st.integers(0, 5), st.integers(1, 5000)), max_size=30))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_it_behaves_like_a_dictionary(steps, tmp_path_factory):
     store = FileStore(tmp_path_factory.mktemp("dictionary") / "store", size_limit=1 << 30)
     model: dict[int, torch.Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vcache.store.objects import PAGE_BYTES
@@ -15,7 +15,6 @@ MIB = 1 << 20
 
 
 @given(st.lists(st.one_of(st.lists(st.integers(1, 100_000), max_size=5), st.integers(0, 30)), max_size=40))
-@settings(max_examples=100, deadline=None)
 def test_free_and_taken_always_add_up(steps):
     staging = Staging(MIB)
     held = []

@@ -1,16 +1,18 @@
-"""Child processes of tests: started in groups of their own, followed line by line, and always ended."""
+"""Child processes of tests: started in groups of their own, followed line by line, and always ended; their "host"."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vcache.config import VCacheConfig
@@ -191,3 +193,23 @@ def processes_using(directory: Path) -> list[int]:
             ):
                 users.append(int(entry.name))
     return users
+
+
+@contextlib.contextmanager
+def host_directory() -> Iterator[Path]:
+    """A fresh, short runtime directory in shared memory: a "host". Fails when a process still uses it afterwards.
+
+    A process that ends with another one (a companion of a killed donor) has a moment for that; what remains is killed.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
+    try:
+        yield directory
+    finally:
+        deadline = time.monotonic() + PATIENCE_S / 6
+        while (users := processes_using(directory)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for pid in users:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory)
+    assert not users, f"processes {users} still used {directory} after the test (they were killed)"

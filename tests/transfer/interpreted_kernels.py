@@ -35,7 +35,7 @@ def aligned_bytes(nbytes: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)).clone()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), layout=layouts(), align=st.sampled_from(ALIGNMENTS), programs=st.integers(1, 5))
 @pytest.mark.parametrize(
     ("launch", "copy"), [(triton_kernels.gather, cpu.gather), (triton_kernels.scatter, cpu.scatter)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.transfer.layouts import Layout, build, chunks_of, layouts, offsets_for
@@ -27,7 +27,6 @@ def _segment(nbytes: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8))
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), layout=layouts(), threads=st.integers(1, 3))
 def test_gather_writes_the_payloads_and_nothing_else(data: st.DataObject, layout: Layout, threads: int) -> None:
     caches = build(layout, seed=1)
@@ -47,7 +46,6 @@ def test_gather_writes_the_payloads_and_nothing_else(data: st.DataObject, layout
     assert all(map(torch.equal, caches.memory, before))
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), layout=layouts(), threads=st.integers(1, 3))
 def test_scatter_writes_the_blocks_and_nothing_else(data: st.DataObject, layout: Layout, threads: int) -> None:
     caches = build(layout, seed=1)
@@ -69,7 +67,6 @@ def test_scatter_writes_the_blocks_and_nothing_else(data: st.DataObject, layout:
     assert torch.equal(segment, before)
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), layout=layouts(), threads=st.integers(1, 3))
 def test_what_one_engine_stores_another_loads_into_other_blocks(
     data: st.DataObject, layout: Layout, threads: int

@@ -15,7 +15,7 @@ from vcache.transfer import gather, scatter
 pytestmark = pytest.mark.cuda
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), layout=layouts(), align=st.sampled_from([1, 4, 16]))
 def test_round_trip_over_random_layouts(data: st.DataObject, layout: Layout, align: int) -> None:
     ours, theirs = build(layout, seed=1, device="cuda"), build(layout, seed=2, device="cuda")

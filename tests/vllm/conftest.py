@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.support.processes import Child, Processes, processes_using
+from tests.support.processes import Child, Processes, host_directory
 from tests.vllm.serving import ANSWER, Options
 from vcache.config import VCacheConfig
 from vcache.demo.prompt import read_prompt
@@ -173,15 +171,12 @@ class Host:
 @contextlib.contextmanager
 def a_host(model: Path, files: Path) -> Iterator[Host]:
     """A host of its own, and nothing of it left afterwards."""
-    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
-    processes = Processes(files)
-    try:
-        yield Host(directory, processes, model, files)
-    finally:
-        processes.close()
-        users = processes_using(directory)
-        shutil.rmtree(directory)
-    assert not users, f"processes {users} still used {directory} after the test"
+    with host_directory() as directory:
+        processes = Processes(files)
+        try:
+            yield Host(directory, processes, model, files)
+        finally:
+            processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vcache.memory.base import Memory, is_host
 from vcache.memory.host import HostMemory
+
+if TYPE_CHECKING:
+    import torch
 
 
 def copy_between(source: Memory, start: int, target: Memory, to: int, nbytes: int) -> None:
@@ -19,9 +23,14 @@ def copy_between(source: Memory, start: int, target: Memory, to: int, nbytes: in
 
 
 def aside(memory: Memory) -> AbstractContextManager[object]:
-    """For a GPU's memory, a stream of its own: copies neither queue behind, nor hold up, what the engine computes."""
-    if is_host(memory.device):
+    """As ``aside_on``, for what is copied from or to ``memory``."""
+    return nullcontext() if is_host(memory.device) else aside_on(memory.tensor.device)
+
+
+def aside_on(device: torch.device | None) -> AbstractContextManager[object]:
+    """On a GPU, a stream of its own: copies neither queue behind, nor hold up, what the engine computes."""
+    if device is None or device.type != "cuda":
         return nullcontext()
     import torch
 
-    return torch.cuda.stream(torch.cuda.Stream(memory.tensor.device))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

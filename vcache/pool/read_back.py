@@ -7,12 +7,12 @@ read back before the other ranks' shards are there, and whether or not the serve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from vcache.keys import ChunkKey
+from vcache.memory.copying import aside_on
 from vcache.pool.records import key_words
 from vcache.protocol import SegmentInfo
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from vcache.pool.client import PlacementArray, PoolClient
-    from vcache.pool.segment import Segment
 
 
 class Written(NamedTuple):
@@ -45,7 +44,7 @@ def read_back(
         if use is None:
             continue
         try:
-            with _aside(use.segment):
+            with aside_on(use.segment.tensor.device):
                 for index in mine.tolist():
                     start, buffer = int(rows["offset"][index]), buffers[index]
                     copy_payload(use.segment.tensor[start : start + buffer.nbytes], buffer)
@@ -63,12 +62,3 @@ def copy_payload(source: torch.Tensor, target: torch.Tensor) -> None:
         np.copyto(target.numpy(), source.numpy())  # torch would bring threads of its own
     else:
         target.copy_(source)
-
-
-def _aside(segment: Segment) -> AbstractContextManager[object]:
-    """On a GPU, a stream of its own: copies to the host must not queue behind, or hold up, what the engine computes."""
-    if segment.tensor.device.type != "cuda":
-        return nullcontext()
-    import torch
-
-    return torch.cuda.stream(torch.cuda.Stream(segment.tensor.device))  # type: ignore[no-untyped-call]

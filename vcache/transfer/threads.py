@@ -37,6 +37,12 @@ def process_cpus() -> frozenset[int]:
     return frozenset(cpus)
 
 
+def run_anywhere() -> None:
+    """Lets the calling thread run on any CPU of the process, whatever the thread that started it was pinned to."""
+    with suppress(OSError):  # a cpuset that shrank meanwhile: stay where the starting thread was
+        os.sched_setaffinity(0, process_cpus())
+
+
 def default_threads() -> int:
     """How many threads a copy uses when nobody said."""
     return min(DEFAULT_THREADS, len(process_cpus()))
@@ -78,16 +84,11 @@ def _start(work_off: Callable[[], None], count: int) -> list[Future[None]]:
         return []
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(MAX_THREADS, "vcache-copy", _run_anywhere, (process_cpus(),))
+            _pool = ThreadPoolExecutor(MAX_THREADS, "vcache-copy", run_anywhere)
         try:
             return [_pool.submit(work_off) for _ in range(count)]
         except RuntimeError:  # the interpreter is shutting down: the caller does it all
             return []
-
-
-def _run_anywhere(cpus: frozenset[int]) -> None:
-    with suppress(OSError):  # a cpuset that shrank meanwhile: stay where the starting thread was
-        os.sched_setaffinity(0, cpus)
 
 
 def _after_fork_in_child() -> None:
