@@ -393,6 +393,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(
-    stateful_step_count=60, suppress_health_check=list(HealthCheck)
-)
+TestPool.settings = settings(stateful_step_count=60, suppress_health_check=list(HealthCheck))
