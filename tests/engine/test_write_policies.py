@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,3 +124,23 @@ def test_a_removal_that_the_store_does_not_confirm_says_so(configured, open_engi
     assert engine.remove_keys(engine.keys_of(TOKENS)) == 0
     assert retrieve(engine) == 0
     assert engine.get_stats()["unconfirmed_removals"] == 1
+
+
+def test_a_removal_from_a_read_only_directory_says_that_it_is_not_confirmed(pool, open_engine, small_disk):
+    engine = open_engine(
+        VCacheConfig(
+            runtime_dir=pool.runtime_dir,
+            store={"files": {"directory": str(small_disk / "store")}},
+            promotion={"policy": "never"},
+            client={"call_timeout": "20s"},
+        )
+    )
+    store(engine)
+    assert engine.flush()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert engine.remove_keys(engine.keys_of(TOKENS)) == -1
+    assert engine.lookup_keys(engine.keys_of(TOKENS))[:2] == (0, 4), "the store has them still"
+    assert retrieve(engine) == 32
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert engine.remove_keys(engine.keys_of(TOKENS)) == 0
+    assert retrieve(engine) == 0

@@ -57,7 +57,7 @@ class Gate:
         self._pass()
         return self._store.put_from(given, buffers)
 
-    def remove(self, unwanted: Sequence[Shard]) -> int:
+    def remove(self, unwanted: Sequence[Shard]) -> int | None:
         self._pass()
         return self._store.remove(unwanted)
 

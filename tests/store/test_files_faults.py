@@ -57,8 +57,21 @@ def test_a_read_only_disk_serves_reads(small_disk, guarded):
     buffers = blank(2)
     assert list(guard.get_into(shards(2), buffers)) == [Got.LOADED] * 2
     assert torch.equal(buffers[1], payload(1))
-    assert guard.remove(shards(1)) == 0
     assert guard.stats()["store_failed_writes"] == 1
+
+
+def test_a_removal_that_a_read_only_disk_refuses_is_not_confirmed(small_disk, guarded):
+    store = FileStore(small_disk / "store", size_limit=1 << 30)
+    guard = guarded(store)
+    guard.put_from(shards(2), payloads(2))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert guard.remove(shards(2)) is None
+    assert guard.remove([shard(1), shard(5)]) is None
+    assert guard.remove([shard(5)]) == 0, "what is not there need not be removed"
+    assert list(guard.get_into(shards(2), blank(2))) == [Got.LOADED] * 2
+    assert guard.stats()["store_circuit"] == "closed", "reads go on"
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert guard.remove([shard(0), shard(1), shard(5)]) == 2
 
 
 @pytest.mark.parametrize("keep", [0, 1, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, PAGE_BYTES + 9_999])

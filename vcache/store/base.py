@@ -63,8 +63,11 @@ class Store(Protocol):
         """Stores ``buffers[i]`` as ``shards[i]``: afterwards the shard is there whole, or not at all."""
         ...
 
-    def remove(self, shards: Sequence[Shard]) -> int:
-        """Removes shards; how many were there. A removed shard does not come back by itself."""
+    def remove(self, shards: Sequence[Shard]) -> int | None:
+        """Removes shards; how many were there. A removed shard does not come back by itself.
+
+        ``None``: of some it cannot say that they are gone; the others are.
+        """
         ...
 
     def counters(self) -> Mapping[str, int]:

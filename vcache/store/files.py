@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: A file read is marked as used unless that was done this recently: a shared mount need not hear of every read.
 TOUCH_INTERVAL_S: Final = 60.0
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_OBJECT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 #: The directory as a whole, not one file, is out of reach: worth the guard's attention.
 _UNREACHABLE: Final = frozenset(
     {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENODEV, errno.EIO}
@@ -75,9 +76,10 @@ class FileStore:
             for index, (shard, buffer) in enumerate(zip(shards, buffers, strict=True))
         ]
 
-    def remove(self, shards: Sequence[Shard]) -> int:
+    def remove(self, shards: Sequence[Shard]) -> int | None:
         self._check_open()
-        return sum(_unlinked(self._path(shard)) for shard in shards)
+        found = [_removed(self._path(shard)) for shard in shards]
+        return None if None in found else found.count(True)
 
     def counters(self) -> Mapping[str, int]:
         return self._sweeper.counters()
@@ -203,6 +205,26 @@ def _unlinked(path: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _removed(path: str) -> bool | None:
+    """Whether an object was there that is gone now; ``None`` if it may be there still."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        _raise_if_unreachable(error)
+        return False if error.errno in _NO_OBJECT or _is_absent(path) else None
+    return True
+
+
+def _is_absent(path: str) -> bool:
+    """Whether there is surely nothing; a read-only disk refuses to unlink it before it has looked."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        _raise_if_unreachable(error)
+        return error.errno in _NO_OBJECT
+    return False
 
 
 def _raise_if_unreachable(error: OSError) -> None:

@@ -170,7 +170,7 @@ class GuardedStore:
         return results
 
     def remove(self, shards: Sequence[Shard]) -> int | None:
-        """As ``Store.remove``; ``None`` when the store does not answer. A write given up on may still come after this."""
+        """As ``Store.remove``; ``None`` also when the store does not answer. A write given up on may still come after this."""
         if not shards:
             return 0
         timeout_s = self._config.write_timeout

@@ -24,7 +24,7 @@ from vcache.errors import UnavailableError
 from vcache.store.base import Got, Put, Shard
 from vcache.store.mooncake_command import address_towards, mooncake_environment, require_mooncake
 from vcache.store.mooncake_objects import object_name
-from vcache.store.mooncake_wire import DECODER, Ask, Exist, Get, Object, PutAll, Remove, Setup
+from vcache.store.mooncake_wire import DECODER, MAY_BE_THERE, Ask, Exist, Get, Object, PutAll, Remove, Setup
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +96,9 @@ class MooncakeStore:
         codes = self._ask(PutAll(_objects(shards, blocks), timeout_s), blocks, timeout_s=timeout_s)
         return [Put(code) if code >= 0 else Put.FAILED for code in codes]
 
-    def remove(self, shards: Sequence[Shard]) -> int:
-        return sum(self._ask(Remove([object_name(self._prefix, shard) for shard in shards])))
+    def remove(self, shards: Sequence[Shard]) -> int | None:
+        codes = self._ask(Remove([object_name(self._prefix, shard) for shard in shards]))
+        return None if MAY_BE_THERE in codes else sum(codes)
 
     def counters(self) -> Mapping[str, int]:
         with self._lock:

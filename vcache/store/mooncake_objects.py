@@ -23,7 +23,7 @@ from vcache.companion.link import PENDING, TAINTED, Answer
 from vcache.errors import CorruptionError
 from vcache.keys import ChunkKey
 from vcache.store.base import Got, Put, Shard
-from vcache.store.mooncake_wire import Exist, Get, Object, PutAll, Remove, Setup
+from vcache.store.mooncake_wire import MAY_BE_THERE, Exist, Get, Object, PutAll, Remove, Setup
 from vcache.store.objects import PAGE_BYTES, sealed, verify
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Code(IntEnum):
     RPC_TIMEOUT = -901
 
 
+_REMOVED: Final[dict[int, int]] = {0: 1, Code.NOT_FOUND: 0}
 _MASTER_GONE: Final = frozenset({Code.RPC_FAILED, Code.RPC_TIMEOUT})
 _NO_TRANSFER: Final = _MASTER_GONE | {Code.BAD_ARGUMENT, Code.LEASED}  # refused before any byte moved
 
@@ -86,7 +87,7 @@ class Objects:
         codes = self._handle.batch_remove(ask.names, True)  # a reader whose object goes while it reads finds out
         if any(code in _MASTER_GONE for code in codes):
             return _unavailable(codes)
-        return Answer([int(code == 0) for code in codes])
+        return Answer([_REMOVED.get(code, MAY_BE_THERE) for code in codes])
 
     def get(self, ask: Get) -> Iterator[Answer]:
         """One answer within the deadline, and another one if that left anything pending."""

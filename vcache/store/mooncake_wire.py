@@ -31,9 +31,12 @@ class Exist(msgspec.Struct, array_like=True, tag=True):
 
 
 class Remove(msgspec.Struct, array_like=True, tag=True):
-    """Removes objects: 1 or 0 for each."""
+    """Removes objects: 1 (it was there), 0 (it was not) or ``MAY_BE_THERE`` for each."""
 
     names: list[str]
+
+
+MAY_BE_THERE: Final = -1
 
 
 class Object(msgspec.Struct, array_like=True):
