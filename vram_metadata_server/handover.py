@@ -229,8 +229,8 @@ class Registrar:
     def hand_over(self, segment: Segment, request: protocol.Handover) -> int:
         """*handover*: takes a page of records into the index. Answers how many. Raises ``RefusalError``."""
         gate = segment.gate
-        if gate is None:
-            return 0  # sent again
+        if gate is None or segment.state is SegmentState.DRAINING:
+            return 0  # sent again, or too late
         taken = 0
         try:
             for item in request.items:
@@ -328,15 +328,21 @@ class Registrar:
 
     def open_if_ready(self, segment: Segment) -> None:
         """*gate opens*, when nothing is left to wait for."""
-        if segment.gate is None or not segment.gate.is_ready:
-            if segment.gate is not None and segment.gate.wants_new_scan:
+        gate = segment.gate
+        if gate is None:
+            return
+        if segment.state is SegmentState.DRAINING:
+            if not gate.waiting:
+                self._unclaimed(segment)
+                segment.gate = None
+                del self.gated[segment.number]
+            return
+        if not gate.is_ready:
+            if gate.wants_new_scan:
                 self._catalog.to_order[segment] = None
             return
-        reservations = self._catalog.reservations
-        for found in list(reservations.of_segment(segment.info.segment_id).values()):
-            if found.session == NOBODY:
-                reservations.settle(found)
-                self._retire(found, [])
+        for found in self._unclaimed(segment):
+            self._retire(found, [])
         try:
             segment.open()
         except OverlapError as error:
@@ -345,6 +351,14 @@ class Registrar:
         del self.gated[segment.number]
         self._catalog.pressure.check(segment)
         log.info("segment %d serves: %d records", segment.number, segment.kept_records)
+
+    def _unclaimed(self, segment: Segment) -> list[Reservation]:
+        """Takes what a writer was at work on whom nobody heard of: all who may have been have said hello, or are dead."""
+        reservations = self._catalog.reservations
+        found = [r for r in reservations.of_segment(segment.info.segment_id).values() if r.session == NOBODY]
+        for reservation in found:
+            reservations.settle(reservation)
+        return found
 
     # --- segments go ----------------------------------------------------------------------------------------------
 
@@ -374,14 +388,13 @@ class Registrar:
         log.info("segment %d dropped: %s", segment.number, why)
 
     def drain(self, segment: Segment) -> None:
-        """No new grants or leases in it from here on."""
+        """No new grants or leases in it from here on. Writers that its gate waits for are waited for still."""
         if segment.state is SegmentState.DRAINING:
             return
         segment.state = SegmentState.DRAINING
         if segment.gate is not None:
             segment.gate.settle_removals()
-            segment.gate = None
-        self.gated.pop(segment.number, None)
+            self.open_if_ready(segment)
         self._catalog.to_order.pop(segment, None)
         self._catalog.pressure.forget(segment)
         self._catalog.segments_version += 1

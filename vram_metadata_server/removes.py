@@ -65,6 +65,6 @@ class Removes:
     def _await_handovers(self, removal: Removal) -> None:
         """A handover under way may still bring what was removed."""
         for segment in self._registrar.gated.values():
-            if segment.gate is not None and not segment.gate.handed_over:
+            if segment.gate is not None and not segment.gate.handed_over and segment.is_readable:
                 segment.gate.removals.append(removal)
                 removal.wait()
