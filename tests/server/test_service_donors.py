@@ -169,38 +169,6 @@ def test_a_segment_drained_before_its_gate_opened_waits_for_its_writers_and_no_l
     assert not list(world.service.catalog.reservations)
 
 
-@pytest.mark.parametrize("fate", ["claims", "died"])
-def test_a_segment_drained_before_its_gate_opened_waits_for_its_writers_and_no_longer(world: World, fate: str) -> None:
-    donation = world.donor("d")
-    writer, other = Client(world, "w"), Client(world, "o")
-    writer.reserve(keys(1))
-    (write,) = writer.outstanding.values()
-    writer.advance(write)
-    world.restart_server()
-    donation.donor.heartbeat()
-    donation.hand_over()
-    number = donation.donor.send(protocol.DrainSegment, donation.number)
-    other.heartbeat()
-    world.tick()
-    assert donation.donor.answer(number) is None, "a writer may be at work in it"
-    removal = other.send(protocol.Clear, 0, True)
-    world.tick()
-    assert isinstance(other.answer(removal), protocol.Done), "removals wait for no handover that will never come"
-    if fate == "died":
-        writer.kill(messages_arrive=False)
-    else:
-        writer.heartbeat()
-        world.tick()
-        assert donation.donor.answer(number) is None
-        writer.abort(write)
-        writer.flush()
-    for _ in range(8):
-        world.pass_time(1.0)
-    assert isinstance(donation.donor.answer(number), protocol.Done)
-    world.check()
-    assert not list(world.service.catalog.reservations)
-
-
 def test_only_its_donor_may_speak_for_a_segment(world: World) -> None:
     donation = world.donor("d")
     stranger = Client(world, "s")

@@ -139,11 +139,11 @@ class Serving:
 
         begin = VCacheEngine.begin_retrieve
 
-        def begin_after_pause(engine: VCacheEngine, *arguments: Any) -> Any:
+        def begin_after_pause(engine: VCacheEngine, *arguments: Any, **more: Any) -> Any:
             setattr(VCacheEngine, "begin_retrieve", begin)  # noqa: B010 - mypy refuses the plain assignment
             print(LOADING, flush=True)
             sys.stdin.readline()
-            return begin(engine, *arguments)
+            return begin(engine, *arguments, **more)
 
         setattr(VCacheEngine, "begin_retrieve", begin_after_pause)  # noqa: B010
         return {}
