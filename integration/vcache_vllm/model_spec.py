@@ -42,8 +42,6 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
         # Said so where vLLM leaves its hybrid KV cache manager off: such layers keep the whole prefix, but see a window of it.
         if getattr(spec, "sliding_window", None) is not None or getattr(spec, "attention_chunk_size", None) is not None:
             return "a layer sees only a window of the tokens before; only full attention is supported yet"
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        return "calculate_kv_scales makes the scales of the KV cache depend on what this process saw first"
     return ""
 
 

@@ -1,0 +1,51 @@
+"""Engines whose KV cannot be shared rightly are declined, with the reason, by what vLLM itself says of its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vcache_vllm.model_spec import reason_to_decline
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+pytestmark = pytest.mark.vllm
+
+SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
+FULL = FullAttentionSpec(**SHAPE)
+
+
+def reason(*groups: Any) -> str:
+    """Why an engine with these groups of layers, one spec each, is declined."""
+    config = VllmConfig()
+    named = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(groups)]
+    return reason_to_decline(config, KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=named))
+
+
+def test_full_attention_is_shared() -> None:
+    assert reason(FULL) == ""
+    assert reason(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": FULL})) == ""
+
+
+@pytest.mark.parametrize(
+    "window", [{"sliding_window": 128}, {"attention_chunk_size": 128}], ids=lambda it: next(iter(it))
+)
+def test_layers_that_see_only_a_window_are_declined_however_vllm_files_them(window: dict[str, int]) -> None:
+    windowed = FullAttentionSpec(**SHAPE, **window)
+    assert "only a window" in reason(windowed)
+    assert "only a window" in reason(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": windowed}))
+
+
+def test_another_kind_of_layer_is_declined() -> None:
+    assert "SlidingWindowSpec" in reason(SlidingWindowSpec(**SHAPE, sliding_window=128))
+
+
+def test_several_groups_are_declined() -> None:
+    assert "2 KV cache groups" in reason(FULL, FULL)
