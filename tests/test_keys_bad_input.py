@@ -116,6 +116,8 @@ def test_pins_are_seconds_within_what_the_wire_carries():
     assert pin_seconds(0) == 0
     assert pin_seconds(False) == 0
     assert pin_seconds(2.5) == 2.5
+    assert pin_seconds(np.int64(3)) == 3
+    assert pin_seconds(np.float32(0.5)) == 0.5
     assert pin_seconds(True) == DEFAULT_PIN_S
     for bad in (-1, float("nan"), float("inf"), 86_401, "5", None):
         with pytest.raises(ValueError, match=r"^pin must be seconds"):

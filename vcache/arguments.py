@@ -191,7 +191,11 @@ def check_slot_range(values: npt.NDArray[np.int64], *, first: int, slots: int) -
 
 def checked_seconds(name: str, value: object) -> float:
     """A number of seconds that the wire can carry, or a ``ValueError`` naming the argument."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_SECONDS:
+    if (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and not isinstance(value, bool)
+        and 0 <= value <= MAX_SECONDS
+    ):
         return float(value)
     raise ValueError(f"{name} must be seconds from 0 to {MAX_SECONDS:.0f}, got {value!r}")
 

@@ -6,15 +6,14 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from vcache.config import DEFAULT_ORIGIN
+from vcache.config import DEFAULT_ORIGIN, VCacheConfig
 from vcache.devices import checked_device, default_device
 from vcache.errors import ConfigError
+from vcache.keys import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from vcache.config import VCacheConfig
-    from vcache.keys import ModelSpec
     from vcache.paged_kv import PagedKV
     from vcache.pool.client import PoolClient
     from vcache.pool.donor import Donor
@@ -22,8 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vcache.engine")
 
 
-def check_construction(config: VCacheConfig, model: ModelSpec, role: str, rank: object, **given: object) -> None:
+def check_construction(config: object, model: object, role: str, rank: object, **given: object) -> None:
     """``given``: what only a worker may be given. Raises ``ValueError`` or, for the configuration, ``ConfigError``."""
+    if not isinstance(config, VCacheConfig):
+        raise ValueError(f"config must be a VCacheConfig (VCacheConfig.load(path) reads a file), got {config!r:.80}")
+    if not isinstance(model, ModelSpec):
+        raise ValueError(f"model must be a ModelSpec, got {model!r:.80}")
     if role not in ("worker", "scheduler"):
         raise ValueError(f"role must be 'worker' or 'scheduler', got {role!r}")
     if type(rank) is not int or not 0 <= rank < model.ranks:

@@ -82,10 +82,12 @@ class KVTensors:
         return self._registered
 
     def clear(self) -> None:
-        """Lets go of all mappings, and of the registered tensors."""
+        """Lets go of all mappings and all tensors; arguments are still checked against the form of the registered ones."""
         with self._lock:
             self._known.clear()
-            self._registered = self._kept = None
+            self._kept = None
+            if self._registered is not None:
+                self._registered = self._registered.without_memory()
 
 
 def _forget(owner: weakref.ref[KVTensors], identity: _Identity, _: object) -> None:

@@ -9,6 +9,7 @@ business: on some backends it is packed (K transposed), so blocks move whole.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ class PagedKV:
     def payload_bytes(self, blocks_per_chunk: int) -> int:
         """Bytes of a payload of so many blocks."""
         return self.block_bytes * blocks_per_chunk
+
+    def without_memory(self) -> PagedKV:
+        """The same mapping with nothing to copy from or to: arguments can be checked against it, no tensor is kept alive."""
+        mapping = copy.copy(self)
+        mapping.fields = ()
+        return mapping
 
     def describe(self) -> str:
         """One line for a log."""

@@ -189,6 +189,7 @@ def test_a_mapping_made_elsewhere_is_checked_too(engine):
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
+        ({"model": "meta-llama/Llama-3.1-8B"}, ValueError, "model must be a ModelSpec, got 'meta-llama"),
         ({"role": "cook"}, ValueError, "role must be 'worker' or 'scheduler'"),
         ({"rank": 1}, ValueError, "rank must be from 0 to 0"),
         ({"rank": -1}, ValueError, "rank must be"),
@@ -210,6 +211,12 @@ def test_a_construction_that_cannot_work_fails_at_once(runtime_dir, arguments, e
     with pytest.raises(error, match=said):
         VCacheEngine(VCacheConfig(), **{"model": model_of(), **arguments})
     assert list(runtime_dir.glob("segment-*")) == []
+
+
+@pytest.mark.parametrize("config", ["my.yaml", {"chunk_size": 8}])
+def test_a_configuration_that_is_none_is_refused(config):
+    with pytest.raises(ValueError, match=r"config must be a VCacheConfig .* got .*(my.yaml|chunk_size)"):
+        VCacheEngine(config, model=model_of())
 
 
 def test_a_configuration_that_contradicts_the_model_is_refused(runtime_dir):

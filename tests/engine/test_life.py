@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 
@@ -57,8 +58,25 @@ def test_closing_twice_is_harmless_and_leaves_an_empty_cache(pool):
     engine.close()
     stored(engine)
     assert (engine.lookup(TOKENS), loaded(engine), engine.contains(bytes(16))) == (0, 0, -1)
-    assert engine.begin_retrieve is not None
     assert engine.get_stats()["server_available"] is False
+
+
+def test_a_closed_engine_takes_calls_about_tensors_it_has_let_go_of(pool):
+    tensors = new_tensors(64)
+    alive = weakref.ref(tensors["layer.0"])
+    engine = VCacheEngine(pool, model=model_of(), kv_caches=tensors)
+    slots = slots_of(HERE)
+    engine.store(TOKENS, slot_mapping=slots)
+    engine.close()
+    del tensors
+    assert alive() is None
+    engine.store(TOKENS, slot_mapping=slots)
+    assert not engine.retrieve(TOKENS, slot_mapping=slots).any()
+    assert engine.begin_retrieve(engine.keys_of(TOKENS), HERE).complete() == 0
+    assert engine.begin_store(engine.keys_of(TOKENS), HERE).complete() == 0
+    assert engine.prefetch(TOKENS).wait(5) == 0
+    with pytest.raises(ValueError, match="slot_mapping"):
+        engine.store(TOKENS, slot_mapping=slots + 1)
 
 
 def test_a_closed_engine_leaves_nothing_behind(config, server, runtime_dir):
