@@ -50,6 +50,19 @@ def test_an_unknown_command_or_option_is_a_usage_error():
     assert "No such option" in vcache("status", "--jsn", status=2).stderr
 
 
+def test_version_is_that_of_the_package():
+    import vcache as package
+
+    assert vcache("--version").stdout == f"vcache {package.__version__}\n"
+
+
+def test_a_table_that_goes_into_a_pipe_is_not_broken_into_lines():
+    directory = "/dev/shm/" + "long-" * 12
+    shown = vcache("config", "show", COLUMNS="", VCACHE_RUNTIME_DIR=directory).stdout.splitlines()
+    assert shown[1].split() == ["runtime_dir", directory, "VCACHE_RUNTIME_DIR"]
+    assert f"ipc://{directory}/server.sock" in shown[-2]
+
+
 def test_help_loads_nothing_heavy():
     ask = (
         "import sys\nfrom vcache.cli.app import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"

@@ -100,6 +100,7 @@ def test_what_a_killed_donor_leaves_is_removed_by_the_next_one_on_the_host(start
         (("--size", "8G"), 2, "8GiB"),
         (("--tier", "hbm"), 2, "segment.tier = 'hbm' (from argument)"),
         (("--device", "gpu0"), 2, "is no device; use cuda:0"),
+        (("--device", "cuda:99"), 1, "cuda:99"),
     ],
 )
 def test_what_cannot_be_given_is_refused_before_anything_exists(processes, runtime_dir, options, status, words):

@@ -188,20 +188,21 @@ def test_all_problems_of_all_sources_are_told_at_once(tmp_path, monkeypatch):
         ("log_level", "LOUD", "'DEBUG', 'INFO'"),
         ("server.heartbeat_interval", "soon", "such as 500ms or 10s"),
         ("server.heartbeat_interval", 0, "greater than 0"),
-        ("server.max_lease", "48h", "less than or equal to 86400"),
-        ("server.max_message_bytes", "64MiB", "less than or equal to 4194304"),
-        ("server.max_message_bytes", "64KiB", "greater than or equal to 524288"),  # the keys of one call fit
+        ("server.max_lease", "48h", "less than or equal to 86400s"),
+        ("server.max_message_bytes", "64MiB", "less than or equal to 4MiB"),
+        ("server.max_message_bytes", "64KiB", "greater than or equal to 512KiB"),  # the keys of one call fit
         ("server.placement", "random", "'local_first' or 'most_free'"),
         ("server.eviction.policy", "fifo", "'lru'"),
         ("server.eviction.high_watermark", 1.5, "less than or equal to 1"),
         ("server.eviction.low_watermark", "half", "valid number"),
         ("segment.size", "8G", "8GiB"),
-        ("segment.size", 4096, "greater than or equal to 1048576"),
+        ("segment.size", 4096, "greater than or equal to 1MiB"),
         ("segment.records", -1, "greater than or equal to 0"),
         ("segment.tier", "hbm", "'auto', 'vram' or 'dram'"),
         ("transfer.threads", 1000, "less than or equal to 256"),
         ("store.kind", "s3", "'none'"),
         ("server.endpoint", 5, "valid string"),
+        ("chunk_size", None, "has no value; write one, or leave the line out"),
         ("runtime_dir", ["a"], "valid string"),
     ],
 )
@@ -258,7 +259,7 @@ def test_a_configuration_error_is_also_a_value_error_of_ours():
         ({"chunk_size": 8}, "use 16,"),
         (
             {"server": {"eviction": {"low_watermark": 0.95}}},
-            "server.eviction.low_watermark = 0.95: must be below server.eviction.high_watermark = 0.95",
+            "must be below server.eviction.high_watermark = 0.95, at which it begins",
         ),
         (
             {"server": {"liveness_timeout": "2s"}},
@@ -269,11 +270,29 @@ def test_a_configuration_error_is_also_a_value_error_of_ours():
             {"segment": {"size": "2MB"}},
             "segment.size = 2000000: must be a multiple of 4096 bytes (a page); use 1998848",
         ),
+        (
+            {"segment": {"size": "1MiB", "records": 8192}},
+            "segment.records = 8192: their directory leaves no room for data in segment.size = 1MiB",
+        ),
         ({"runtime_dir": "here"}, "runtime_dir = 'here': must be an absolute path"),
     ],
 )
 def test_contradictions_are_refused_naming_both_sides(settings, words):
     assert words in refusal(**settings)
+
+
+def test_a_contradiction_tells_where_both_sides_were_set(tmp_path, monkeypatch):
+    path = written(tmp_path, "client:\n  lease: 2min\nchunk_size: 250\n")
+    monkeypatch.setenv("VCACHE_SERVER__MAX_LEASE", "90s")
+    chunk, lease = refusal(path).splitlines()
+    assert chunk.endswith(f"or another block_size (chunk_size from {path}:3)")
+    assert lease.endswith(f"(client.lease from {path}:2, server.max_lease from VCACHE_SERVER__MAX_LEASE)")
+
+
+def test_a_directory_that_just_leaves_room_is_accepted():
+    fits = ((1 << 20) - 8192) // 128
+    assert VCacheConfig(segment={"size": "1MiB", "records": fits}).segment.records == fits
+    assert "segment.records" in refusal(segment={"size": "1MiB", "records": fits + 1})
 
 
 # --- where the server is -----------------------------------------------------------------------------------------------

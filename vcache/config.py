@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -33,7 +34,7 @@ from vcache.settings_sources import (
 )
 from vcache.store_config import StoreConfig
 from vcache.transfer_config import TransferConfig
-from vcache.units import format_duration
+from vcache.units import format_duration, format_size
 
 #: ``sun_path`` holds 108 bytes, the closing zero among them.
 MAX_IPC_PATH_BYTES: Final = 107
@@ -41,7 +42,12 @@ MAX_IPC_PATH_BYTES: Final = 107
 MIN_HEARTBEATS_PER_LIVENESS: Final = 3
 #: Segments are whole pages.
 PAGE_BYTES: Final = 4096
+#: One entry of a segment's directory (docs/segment-format.md).
+RECORD_BYTES: Final = 128
 DEFAULT_ORIGIN: Final = "default"
+#: pydantic's errors about limits, and what they call the limit.
+_LIMITS: Final = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+_DOTTED_NAME: Final = re.compile(r"[a-z_]+(?:\.[a-z_]+)*")
 
 
 def _upper(value: object) -> object:
@@ -223,8 +229,8 @@ class VCacheConfig(BaseSettings):
         eviction = self.server.eviction
         if eviction.low_watermark >= eviction.high_watermark:
             yield (
-                f"server.eviction.low_watermark = {eviction.low_watermark}: must be below "
-                f"server.eviction.high_watermark = {eviction.high_watermark}, down to which eviction frees"
+                f"server.eviction.low_watermark = {eviction.low_watermark}, down to which eviction frees, must be below "
+                f"server.eviction.high_watermark = {eviction.high_watermark}, at which it begins"
             )
         least = MIN_HEARTBEATS_PER_LIVENESS * self.server.heartbeat_interval
         if self.server.liveness_timeout < least:
@@ -241,6 +247,13 @@ class VCacheConfig(BaseSettings):
         if self.segment.size % PAGE_BYTES:
             whole = self.segment.size // PAGE_BYTES * PAGE_BYTES
             yield f"segment.size = {self.segment.size}: must be a multiple of {PAGE_BYTES} bytes (a page); use {whole}"
+        # Header, directory and one page of data. What a chunk takes beyond that only the model says.
+        least_bytes = 2 * PAGE_BYTES + self.segment.records * RECORD_BYTES
+        if self.segment.size < least_bytes:
+            yield (
+                f"segment.records = {self.segment.records}: their directory leaves no room for data in segment.size = "
+                f"{format_size(self.segment.size)}; leave segment.records out, or make the segment larger"
+            )
         if self.runtime_dir and not Path(self.runtime_dir).is_absolute():
             yield f"runtime_dir = {self.runtime_dir!r}: must be an absolute path, such as /dev/shm/vcache"
 
@@ -302,7 +315,26 @@ def _explained(error: ValidationError, values: dict[str, Any], origins: dict[str
         cause = detail.get("ctx", {}).get("error")
         message = str(cause) if cause is not None else detail["msg"]
         name = ".".join(str(part) for part in detail["loc"])
-        if not name:  # a contradiction: its message names the fields itself
-            yield message
+        if not name:  # contradictions: each line names the settings itself
+            yield from (line + _origins_of(line, origins) for line in message.splitlines())
             continue
-        yield f"{name} = {values.get(name, detail['input'])!r} (from {origins.get(name, DEFAULT_ORIGIN)}): {message}"
+        value = values.get(name, detail["input"])
+        if value is None:
+            message = "has no value; write one, or leave the line out"
+        elif detail["type"] in _LIMITS:
+            message = _with_unit(name, message, detail["ctx"][_LIMITS[detail["type"]]])
+        yield f"{name} = {value!r} (from {origins.get(name, DEFAULT_ORIGIN)}): {message}"
+
+
+def _origins_of(line: str, origins: dict[str, str]) -> str:
+    """Where the settings that a line names were set; nothing about defaults."""
+    names = dict.fromkeys(_DOTTED_NAME.findall(line))
+    told = ", ".join(f"{name} from {origins[name]}" for name in names if name in origins)
+    return f" ({told})" if told else ""
+
+
+def _with_unit(name: str, message: str, limit: float) -> str:
+    """What pydantic says of a limit, with the limit as a person would write it."""
+    field = dict(setting_fields(VCacheConfig))[name]
+    unit = next((mark for mark in field.metadata if isinstance(mark, Unit)), None)
+    return message.replace(f"{limit:.0f}", unit.text(limit)) if unit else message

@@ -39,8 +39,8 @@ def fetch_stats(config: VCacheConfig, *, timeout_s: float) -> protocol.ServerSta
                 raise ProtocolError(f"the server at {config.endpoint} did not answer with its state: {text}")
             return reply
     raise UnavailableError(
-        f"no metadata server answered at {config.endpoint} within {timeout_s:g} s; start one with `vcache server`, or set "
-        "server.endpoint to where it runs"
+        f"no metadata server answered at {config.endpoint} within {timeout_s:g} s; if none runs there, start one with "
+        "`vcache server`, or set server.endpoint to where it runs"
     )
 
 

@@ -76,7 +76,7 @@ class StoreConfig(Section):
             yield f"store.files.directory = {self.files.directory!r}: must be an absolute path, such as /mnt/shared/vcache"
         if self.kind == "mooncake" and not self.mooncake.master:
             yield "store.kind = 'mooncake': needs store.mooncake.master, such as 127.0.0.1:50051"
-        if self.resolved_kind == "mooncake":
+        elif self.resolved_kind == "mooncake":
             yield from self._mooncake_problems()
         if self.guard.max_probe_interval < self.guard.probe_interval:
             yield (

@@ -6,24 +6,41 @@ Exit status: 0 done; 1 it failed; 2 the command line or the configuration is wro
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import vcache
 from vcache.cli import bench, config, demo, donate, keys, mooncake, server, status
-from vcache.errors import ConfigError, UnavailableError, VCacheError
+from vcache.errors import ConfigError, VCacheError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_UNAVAILABLE = 3
 
 app = typer.Typer(
     name="vcache",
-    help="Pools the spare VRAM of many GPUs into one cache tier for LLM key/value blocks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vcache {vcache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Pools the spare VRAM of many GPUs into one cache tier for LLM key/value blocks."""
+
+
 app.command()(server.server)
 app.command()(donate.donate)
 app.command()(status.status)
@@ -40,10 +57,4 @@ def run() -> None:
         app()
     except VCacheError as error:
         print(f"vcache: {error}", file=sys.stderr)
-        sys.exit(_status_of(error))
-
-
-def _status_of(error: VCacheError) -> int:
-    if isinstance(error, ConfigError):
-        return EXIT_USAGE
-    return EXIT_UNAVAILABLE if isinstance(error, UnavailableError) else EXIT_FAILED
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)

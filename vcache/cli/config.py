@@ -38,8 +38,9 @@ def show(
 
 
 def _print(config: VCacheConfig) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from vcache.cli.options import table_console
 
     table = Table(box=None, pad_edge=False)
     table.add_column("setting", no_wrap=True)
@@ -50,4 +51,4 @@ def _print(config: VCacheConfig) -> None:
     table.add_section()
     table.add_row("(endpoint)", config.endpoint, "in force")
     table.add_row("(runtime directory)", str(config.runtime_path), "in force")
-    Console().print(table)
+    table_console().print(table)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the configuration they add up to."""
+"""What several commands share: options, the configuration they add up to, where tables go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vcache.config import VCacheConfig
+
+#: Wider than any table of ours; lines end where their text does.
+PIPE_WIDTH = 1000
 
 ConfigFile = Annotated[
     Path | None,
@@ -42,3 +47,11 @@ def _split(text: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE, such as chunk_size=512", param_hint="--set")
     return name.strip(), value.strip()
+
+
+def table_console() -> Console:
+    """Where tables are printed: as wide as a terminal, or, for a pipe or a file, so wide that no value is broken."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)

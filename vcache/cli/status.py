@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.errors import UnavailableError
 
 if TYPE_CHECKING:
     from vcache.protocol import ServerStats
+
+EXIT_UNAVAILABLE = 3
 
 
 def status(
@@ -29,11 +32,14 @@ def status(
 
     config = load_config(config_file, settings, server__endpoint=endpoint)
     interval_s, timeout_s = _duration(interval, "--interval"), _duration(timeout, "--timeout")
-    first = fetch_stats(config, timeout_s=timeout_s)
-    second = first
-    if interval_s:
-        time.sleep(interval_s)
-        second = fetch_stats(config, timeout_s=timeout_s)
+    try:
+        second = first = fetch_stats(config, timeout_s=timeout_s)
+        if interval_s:
+            time.sleep(interval_s)
+            second = fetch_stats(config, timeout_s=timeout_s)
+    except UnavailableError as error:
+        typer.echo(f"vcache: {error}", err=True)
+        raise typer.Exit(EXIT_UNAVAILABLE) from error
     rates = rates_between(first, second)
     if as_json:
         typer.echo(json.dumps({"endpoint": config.endpoint, **_plain(second), "rates_per_s": rates}, indent=2))
@@ -66,12 +72,12 @@ def _plain(stats: ServerStats) -> dict[str, Any]:
 
 
 def _print(endpoint: str, stats: ServerStats, rates: dict[str, float]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from vcache.cli.options import table_console
     from vcache.units import approximate_size
 
-    console = Console()
+    console = table_console()
     console.print(
         f"metadata server at [bold]{endpoint}[/], term {stats.term}, up {stats.uptime_s:.0f} s", highlight=False
     )
