@@ -92,7 +92,8 @@ def test_a_source_overwritten_while_it_is_promoted_is_not_committed(two, process
     with VCacheEngine(both.here, model=model_of()) as engine, ThreadPoolExecutor(1) as pool:
 
         def reading_process() -> int:
-            return engine._client.mappings.remote.reader._companion.pid
+            pid: int = engine._client.mappings.remote.reader._companion.pid
+            return pid
 
         def until_halted() -> None:
             until(
