@@ -28,13 +28,16 @@ def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> Moved:
 
 
 def await_store(stats: Callable[[], Mapping[str, Any]]) -> None:
-    """Waits until the store below the pool can be written to: what is stored before never gets there. Raises ``TimeoutError``."""
-    _await(lambda: stats()["store_process_joins"], "be joined")
+    """Waits until the store below the pool, if there is one, can be written to: what is stored before never gets there.
+
+    Raises ``TimeoutError``.
+    """
+    _await(lambda: stats().get("store_process_joins", True), "be joined")
 
 
 def await_written(stats: Callable[[], Mapping[str, Any]]) -> None:
     """Waits until nothing is queued for the store any more. Raises ``TimeoutError``."""
-    _await(lambda: not stats()["store_queue_items"], "take what was stored")
+    _await(lambda: not stats().get("store_queue_items"), "take what was stored")
 
 
 def _await(reached: Callable[[], object], what: str) -> None:

@@ -43,10 +43,11 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineOutcome(msgspec.Struct, frozen=True):
-    """What came out. ``sources``: prompt tokens by where vLLM says their KV came from."""
+    """What came out. ``sources``: prompt tokens by where vLLM says their KV came from; ``seconds``: of the whole answer."""
 
     tokens: list[int]
     ttft_s: float
+    seconds: float
     sources: dict[str, int]
     moved: Moved | None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -61,13 +62,16 @@ class Engine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM would not forget earlier prompts")
         sources, figures = self._tokens_by_source(), self._figures()
+        begin = time.perf_counter()
         output = self.generate(question.prompt, max_tokens=question.max_tokens)
+        seconds = time.perf_counter() - begin
         if self._shares:
             await_written(self._figures)
         now = self._tokens_by_source()
         return EngineOutcome(
             tokens=list(output.outputs[0].token_ids),
             ttft_s=output.metrics.first_token_latency,
+            seconds=seconds,
             sources={name: now[name] - sources.get(name, 0) for name in now},
             moved=moved(figures, self._figures()) if self._shares else None,
         )
