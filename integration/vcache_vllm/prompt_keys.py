@@ -11,17 +11,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from vllm.v1.core import kv_cache_utils
 
-from vcache.keys import ChunkKey, KeyChain
+from vcache.keys import KeyChain
 from vcache.protocol import KEY_BYTES
 from vcache_vllm.model_spec import weights_digest
 
 if TYPE_CHECKING:
-    from vcache.keys import ModelSpec
+    from vcache.keys import ChunkKey, ModelSpec
 
 logger: Final = logging.getLogger(__name__)
 
@@ -60,10 +60,11 @@ class PromptKeys:
         wanted = min(wanted, len(hashes) // self._per_chunk)
         if wanted <= done:
             return
-        last_blocks = (hashes[(chunk + 1) * self._per_chunk - 1] for chunk in range(done, wanted))
-        mixed = np.frombuffer(b"".join(value[:KEY_BYTES] for value in last_blocks), dtype=np.uint8)
-        data = (mixed.reshape(-1, KEY_BYTES) ^ self._mask).tobytes()
-        self.keys += [ChunkKey(data[start : start + KEY_BYTES]) for start in range(0, len(data), KEY_BYTES)]
+        last_blocks = hashes[(done + 1) * self._per_chunk - 1 : wanted * self._per_chunk : self._per_chunk]
+        joined = np.frombuffer(b"".join(last_blocks), dtype=np.uint8).reshape(wanted - done, -1)
+        data = (joined[:, :KEY_BYTES] ^ self._mask).tobytes()
+        keys = [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+        self.keys += cast("list[ChunkKey]", keys)
 
 
 class KeySource:
