@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine.conftest import NUM_BLOCKS
 from tests.engine.kv import CHUNK, fill, model_of, new_tensors, slots_of, wrong_blocks
+from tests.pool.payloads import until
 from tests.store.mooncake import Mooncake
 from vcache.config import VCacheConfig
 from vcache.engine import VCacheEngine
@@ -180,14 +181,15 @@ def test_from_mooncake_whose_owner_then_dies(start_server, start_donor, open_eng
     )
     start_donor(config)
     engine = open_engine(config, model=model_of(), kv_caches=new_tensors(NUM_BLOCKS))
-    for _ in range(200):  # Mooncake's process joins its store in its own time; until then writes are dropped
-        tensors = new_tensors(NUM_BLOCKS)
-        fill(tensors, TOKENS, HERE)
+    until(lambda: engine.get_stats()["store_process_joins"], "Mooncake's process has joined its store")
+    tensors = new_tensors(NUM_BLOCKS)
+    fill(tensors, TOKENS, HERE)
+
+    def is_in_the_store_alone() -> bool:
         engine.store(TOKENS, kvcaches=tensors, slot_mapping=slots_of(HERE))
-        assert engine.flush()
-        assert engine.clear() == 4
-        if engine.lookup(TOKENS) == 32:
-            break
+        return engine.flush() and engine.clear() == 4 and engine.lookup(TOKENS) == 32
+
+    until(is_in_the_store_alone, "the chunks are in the store, once its circuit is closed")
     assert engine.prefetch(TOKENS).wait() == 4
     owner.kill()
     assert retrieve(engine) == 32
