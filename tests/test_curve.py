@@ -105,6 +105,14 @@ def test_a_server_with_keys_needs_to_be_told_its_clients_on_any_endpoint(keys):
         server_key_pair(config)
 
 
+def test_a_server_whose_list_of_clients_cannot_be_read_does_not_start(keys):
+    with pytest.raises(ConfigError, match="authorized_clients_dir = .*nowhere': not a directory"):
+        server_key_pair(server_side(keys, authorized_clients_dir=str(keys / "nowhere")))
+    (keys / "clients" / "broken.key").write_text("no key")
+    with pytest.raises(ConfigError, match=r"authorized_clients_dir = .*broken.key'"):
+        server_key_pair(server_side(keys))
+
+
 def test_a_client_of_a_server_beyond_the_host_needs_its_own_pair(keys):
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         with pytest.raises(ConfigError, match="server_public_key_file = ''"):

@@ -15,7 +15,9 @@ from rich.console import Console
 from tests.support.processes import Child, Processes
 from vcache.demo.display import Display
 from vcache.demo.figures import DemoReport, EngineFigures
+from vcache.demo.processes import Stage
 from vcache.demo.prompt import RESERVED_IDS, VOCABULARY, read_prompt, token_ids
+from vcache.demo.run import run_demo
 from vcache.errors import ConfigError
 
 MIB = 1 << 20
@@ -54,6 +56,27 @@ def test_an_interrupted_demo_leaves_nothing_behind(processes: Processes, number:
     demo.popen.send_signal(number)
     assert demo.wait() != 0
     assert_nothing_left_behind(demo)
+
+
+def test_what_a_killed_demo_left_is_removed_by_the_next_one(processes: Processes) -> None:
+    stay = "import signal\nfrom vcache.demo.processes import Stage\nwith Stage() as stage:\n"
+    stay += "    print(f'stage at {stage.directory}.', flush=True)\n    signal.pause()"
+    killed, living = (processes.python("-c", stay) for _ in range(2))
+    left, kept = (Path(child.expect("stage at").split()[-1].rstrip(".")) for child in (killed, living))
+    killed.kill()
+    assert left.is_dir()
+    with Stage():
+        assert not left.exists()
+        assert kept.is_dir()
+    living.kill()
+    with Stage():
+        assert not kept.exists()
+
+
+def test_figures_that_cannot_be_written_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "figures.json"):
+        with pytest.raises(ConfigError, match=f"--json = {path}: cannot be written"):
+            run_demo(llm=False, json_file=path)
 
 
 @pytest.mark.slow

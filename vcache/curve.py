@@ -84,11 +84,12 @@ def _read(path: Path, setting: str) -> tuple[bytes, bytes | None]:
 def server_key_pair(config: VCacheConfig) -> KeyPair | None:
     """What a server binds with; ``None`` when it serves this host only and no keys are set.
 
-    Raises ``ConfigError`` for an endpoint beyond this host without keys, or with keys but no list of clients.
+    Raises ``ConfigError`` for an endpoint beyond this host without keys, or with keys but no readable list of clients.
     """
     curve = config.server.curve
     secret, clients = curve.server_secret_key_file, curve.authorized_clients_dir
     if secret and clients:
+        authorized_clients(config)  # a server that lets nobody in should not start
         return read_key_pair(Path(secret), "server.curve.server_secret_key_file")
     if secret or clients or config.is_beyond_host:
         absent = "server.curve.authorized_clients_dir" if secret else "server.curve.server_secret_key_file"

@@ -25,7 +25,7 @@ def fetch_stats(config: VCacheConfig, *, timeout_s: float) -> protocol.ServerSta
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.maxmsgsize = protocol.MAX_MESSAGE_BYTES
-        secure_client(socket, config)
+        is_secure = secure_client(socket, config)
         socket.connect(config.endpoint)
         question = protocol.Stats(id=1 + secrets.randbits(62), session=_NOBODY, term=0)
         socket.send(protocol.encode(question))
@@ -38,9 +38,10 @@ def fetch_stats(config: VCacheConfig, *, timeout_s: float) -> protocol.ServerSta
                 text = reply.text if isinstance(reply, protocol.Error) else type(reply).__name__
                 raise ProtocolError(f"the server at {config.endpoint} did not answer with its state: {text}")
             return reply
+        keys = "; one that has not this client's key among its clients' does not answer either" if is_secure else ""
     raise UnavailableError(
         f"no metadata server answered at {config.endpoint} within {timeout_s:g} s; if none runs there, start one with "
-        "`vcache server`, or set server.endpoint to where it runs"
+        f"`vcache server`, or set server.endpoint to where it runs{keys}"
     )
 
 

@@ -28,10 +28,14 @@ from typing import Any, Final, Self
 import msgspec
 
 from vcache.errors import UnavailableError, VCacheError
+from vcache.pool.runtime_dir import lock_file
 
 STOP_TIMEOUT_S: Final = 10.0
 LOG_TAIL_LINES: Final = 30
 SHARED_MEMORY: Final = Path("/dev/shm")
+_PREFIX: Final = "vcache-demo-"
+#: In a demo's directory, held (flock) for as long as the demo lives.
+_LOCK: Final = "lock"
 _PR_SET_PDEATHSIG: Final = 1
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 _libc: Final = ctypes.CDLL(None)
@@ -159,11 +163,16 @@ def _tail(log: Path) -> str:
 
 
 class Stage:
-    """The demo's own runtime directory and every process in it; a context manager that leaves neither behind."""
+    """The demo's own runtime directory and every process in it; a context manager that leaves neither behind.
+
+    What a demo that was killed left in shared memory the next one removes.
+    """
 
     def __init__(self) -> None:
-        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self.directory = Path(tempfile.mkdtemp(prefix=f"vcache-demo-{os.getpid()}-", dir=parent))
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+        self._alive = lock_file(self.directory / _LOCK)
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
@@ -214,6 +223,18 @@ class Stage:
         while self._children:
             self._children.pop().stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+        if self._alive is not None:
+            self._alive.close()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes directories whose lock nobody holds. One without a lock file may be about to get one, and stays."""
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # another user's, or another demo was quicker
+            free = lock_file(lock)
+            if free is not None:
+                shutil.rmtree(lock.parent, ignore_errors=True)
+                free.close()
 
 
 @contextmanager

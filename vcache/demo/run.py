@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from vcache.demo.llm import run_llm
 from vcache.demo.plain import run_plain
 from vcache.demo.processes import Stage, termination_as_interrupt
 from vcache.demo.prompt import read_prompt
+from vcache.errors import ConfigError
 
 DEFAULT_PLAIN_TOKENS = 2048
 
@@ -34,6 +36,8 @@ def run_demo(
     Raises ``ConfigError`` for arguments that cannot work and ``ChildFailed`` when a process did not do its part. Leaves no
     process, shared memory or file behind, not even when interrupted.
     """
+    if json_file is not None:
+        _check_writable(json_file)
     display = Display(console or Console())
     with termination_as_interrupt(), Stage() as stage:
         devices = devices_here()
@@ -47,6 +51,12 @@ def run_demo(
     if json_file is not None:
         write_json(json_file, report)
     return 0 if report.passed else 1
+
+
+def _check_writable(path: Path) -> None:
+    """Now, not when all is done and the figures would be lost."""
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"--json = {path}: cannot be written; name a file in a directory that exists")
 
 
 def write_json(path: Path, report: DemoReport) -> None:
