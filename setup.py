@@ -1,4 +1,4 @@
-"""Finds the packages and names the one file in C; everything else there is to say stands in pyproject.toml."""
+"""Finds the packages and names the files in C; everything else there is to say stands in pyproject.toml."""
 
 from setuptools import Extension, find_packages, setup
 
@@ -10,9 +10,11 @@ setup(
         *INTEGRATIONS,
     ],
     ext_modules=[
-        Extension(
-            "vcache.transfer._copy_blocks", ["vcache/transfer/copy_blocks.c"], extra_compile_args=["-O3", "-std=c11"]
-        )
+        Extension(name, [source], extra_compile_args=["-O3", "-std=c11"])
+        for name, source in {
+            "vcache.transfer._copy_blocks": "vcache/transfer/copy_blocks.c",
+            "vcache.pool._shared_index": "vcache/pool/shared_index.c",
+        }.items()
     ],
     package_dir={name: f"integration/{name.replace('.', '/')}" for name in INTEGRATIONS},
 )

@@ -1,6 +1,6 @@
 """How long it takes to ask how much of a prompt is there: 32,768 tokens, 128 chunks; all there, half, and none.
 
-VCache as a scheduler uses it (hashing, and one round trip to the server's process), LMCache's engine over its LocalCPU
+VCache as a scheduler uses it (hashing, and the index in memory shared with the server's process), LMCache's engine over its LocalCPU
 backend (hashing, and a dictionary in the same process), Mooncake's ``batch_is_exist`` (a round trip to its master; the caller
 has to have keys). Tokens come as a list of ints, as a tensor, and not at all: then the keys are known already.
 """

@@ -105,6 +105,8 @@ class Index:
     """All entries of the term."""
 
     def __init__(self) -> None:
+        #: Where to note which keys became whole (true) or ceased to be, for whoever empties it.
+        self.changes: dict[bytes, bool] | None = None
         self.whole: dict[bytes, Entry] = {}
         self.partial: dict[bytes, Entry] = {}
         #: Children of chunks that have no entry (yet, or any more).
@@ -162,6 +164,8 @@ class Index:
         entry.missing -= 1
         if entry.missing == 0:
             self.whole[entry.key] = self.partial.pop(entry.key)
+            if self.changes is not None:
+                self.changes[entry.key] = True
         return placement
 
     def discard(self, placement: Placement) -> Entry | None:
@@ -185,6 +189,8 @@ class Index:
             return vram_leaf
         if entry.missing == 0:
             self.partial[entry.key] = self.whole.pop(entry.key)
+            if self.changes is not None:
+                self.changes[entry.key] = False
         entry.missing += 1
         if entry.missing < len(entry.shards):
             return vram_leaf

@@ -29,6 +29,7 @@ from vcache.log import log_once_per
 from vcache.pool.runtime_dir import RuntimeDir
 from vram_metadata_server.endpoint import EndpointLock
 from vram_metadata_server.intake import answer_id
+from vram_metadata_server.published import PublishedIndex
 from vram_metadata_server.service import Outgoing, Service
 from vram_metadata_server.settings import ServiceSettings
 
@@ -114,6 +115,23 @@ class Server:
         self._send_frame = super(zmq.Socket, self._socket).send
         clock = time.monotonic()
         self.service = Service(ServiceSettings.of(config), term=self._lock.term, wall_s=time.time() - clock)
+        self._published = self._publish()
+
+    def _publish(self) -> PublishedIndex | None:
+        if not self._config.server.shared_index:
+            return None
+        try:
+            published = PublishedIndex(
+                RuntimeDir(self._config.runtime_path),
+                term=self.service.term,
+                max_bytes=self._config.server.shared_index,
+            )
+        except (OSError, UnavailableError) as error:
+            log.warning("no index in shared memory, lookups come by the socket: %s", error)
+            return None
+        self.service.catalog.index.changes = published.changes
+        self.service.published_as = published.name
+        return published
 
     def _make_socket(self) -> zmq.Socket[bytes]:
         config = self._config
@@ -187,6 +205,8 @@ class Server:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._socket.close(linger=0)
+        if self._published is not None:
+            self._published.close()
         self._lock.close()
         self._context.term()
 
@@ -232,6 +252,10 @@ class Server:
             return []
 
     def _send(self, out: Outgoing) -> None:
+        published = self._published
+        if published is not None:  # first: who has the answer finds in shared memory what it tells of
+            published.update(is_exact=self.service.index_is_exact)
+            self.service.published_as = published.name
         send = self._send_frame
         for recipient, message in out:
             try:

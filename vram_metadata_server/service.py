@@ -58,6 +58,8 @@ class Service:
     def __init__(self, settings: ServiceSettings, *, term: int, wall_s: float = 0.0) -> None:
         self.term = term
         self.settings = settings
+        #: Told in welcomes: the file in which the shell publishes which keys are whole, if it does.
+        self.published_as = ""
         self.counters = Counters()
         self.members = Members(settings.liveness_s)
         self.leases = LeaseTable(first_id=(term << 20) + 1)  # never an id of an earlier term
@@ -163,7 +165,8 @@ class Service:
         self.registrar.hello(session, request.outstanding)
         log.info("%s said hello from %s with %d reservations", session.name, session.device, len(request.outstanding))
         settings = self.settings
-        return Welcome(request.id, self.term, settings.heartbeat_s, settings.liveness_s, self._untold(session))
+        untold = self._untold(session)
+        return Welcome(request.id, self.term, settings.heartbeat_s, settings.liveness_s, untold, self.published_as)
 
     def _heartbeat(self, session: Session, sender: bytes, request: protocol.Heartbeat) -> Orders:
         session.route = sender
@@ -278,6 +281,11 @@ class Service:
         return report.server_stats(self, request, now - self._started)
 
     # --- time -----------------------------------------------------------------------------------------------------
+
+    @property
+    def index_is_exact(self) -> bool:
+        """Whether every key that is whole in the index is a hit; not while tombstones hide some of them."""
+        return not self.tombstones.sweeps
 
     @property
     def has_work(self) -> bool:

@@ -65,7 +65,14 @@ class World:
         self.memories = _Memories(self.gone_memories)
         self.probes: dict[str, set[bytes]] = {}
         self.store: set[tuple[bytes, int]] = set()  # shards that donors wrote to the store below
-        self.service = Service(settings, term=1, wall_s=self.wall_s)
+        self.service = self._new_service(term=1)
+
+    def _new_service(self, *, term: int) -> Service:
+        service = Service(self.settings, term=term, wall_s=self.wall_s)
+        self.changes: dict[bytes, bool] = {}
+        self.told_whole: set[bytes] = set()
+        service.catalog.index.changes = self.changes
+        return service
 
     def unix(self, now: float) -> int:
         return int(now + self.wall_s)
@@ -129,7 +136,7 @@ class World:
 
     def restart_server(self) -> None:
         """The server is killed; another starts empty under a new term. What was on its way is lost."""
-        self.service = Service(self.settings, term=self.service.term + 1, wall_s=self.wall_s)
+        self.service = self._new_service(term=self.service.term + 1)
         for client in self.clients:
             client.on_its_way.clear()
             client.inbox.clear()
@@ -143,9 +150,17 @@ class World:
     def check(self) -> None:
         """Everything that must hold between any two steps. Raises ``AssertionError``."""
         self.service.check_integrity()
+        self._check_changes_are_told()
         self._check_placements_are_true()
         self._check_committed_records_are_known()
         self._check_writers_are_alone()
+
+    def _check_changes_are_told(self) -> None:
+        """Whoever follows the changes knows which chunks are whole."""
+        for name, is_whole in self.changes.items():
+            (self.told_whole.add if is_whole else self.told_whole.discard)(name)
+        self.changes.clear()
+        assert self.told_whole == self.service.catalog.index.whole.keys()
 
     def placements(self) -> set[tuple[bytes, int, bytes, int, int]]:
         """(key, rank, segment id, record, generation) of every placement a lookup may answer."""

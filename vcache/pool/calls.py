@@ -39,11 +39,15 @@ _CLOSE_LINGER_MS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class OneWay:
-    """A message without a reply. ``settles``: grants it tells of. ``is_commit``: to be told later if it cannot be now."""
+    """A message without a reply. ``settles``: grants it tells of. ``is_commit``: to be told later if it cannot be now.
+
+    ``is_seen``: what this client looks up afterwards shows it (commits do).
+    """
 
     make: MakeRequest
     settles: Sequence[int] = ()
     is_commit: bool = False
+    is_seen: bool = False
 
 
 class Calls:
@@ -70,7 +74,14 @@ class Calls:
         self._deferred: dict[int, AnyReply | None] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._count_lock = threading.Lock()
+        self._to_be_seen = self._seen = 0
         socket.rcvtimeo = self._timeout_ms
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the server has read, by a reply that came since, every message that was to be seen."""
+        return self._seen == self._to_be_seen
 
     def call(self, expected: type[Reply], make: MakeRequest, take: Callable[[Reply], Taken | None]) -> Taken | None:
         """What ``take`` makes of the reply, under the lock; ``None`` when there is none in time."""
@@ -127,6 +138,9 @@ class Calls:
         After ``close`` nothing is sent; that a writer has stopped is still noted in the session.
         """
         self._one_way.append(message)
+        if message.is_seen:  # counted once it is in the queue, which a call empties after it has looked at the count
+            with self._count_lock:
+                self._to_be_seen += 1
         self._flush_if_free()
 
     def close(self) -> None:
@@ -140,6 +154,7 @@ class Calls:
     # --- with the lock held ---------------------------------------------------------------------------------------
 
     def _exchange(self, make: MakeRequest) -> AnyReply | None:
+        to_be_seen = self._to_be_seen
         request_id = self._send(make)
         if not request_id:
             self._background.suspect()
@@ -150,6 +165,7 @@ class Calls:
             while True:
                 reply = decoded(self._socket.recv())
                 if reply is not None and reply.id == request_id:
+                    self._seen = to_be_seen
                     return reply
                 self._strayed(reply)
                 remaining_ms = int((deadline - time.monotonic()) * 1000)

@@ -20,6 +20,8 @@ from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.pool.background import Background, MakeRequest, Member
 from vcache.pool.calls import Calls, OneWay
+from vcache.pool.counters import COUNTERS
+from vcache.pool.index_reader import IndexReader
 from vcache.pool.mappings import Mappings, Use
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir
 from vcache.pool.session import (
@@ -47,32 +49,6 @@ from vcache.protocol import (
 from vcache.remote.segments import RemoteSegments
 
 __all__ = ["PLACEMENT_DTYPE", "Acquired", "Granted", "PlacementArray", "PoolClient"]
-
-#: The client's counters. They only ever grow.
-COUNTERS: Final = {
-    "calls": "calls sent to the server",
-    "calls_skipped": "calls answered as by an empty cache, since the server was known to be unavailable",
-    "calls_timed_out": "calls that the server did not answer in time",
-    "calls_refused": "calls that the server refused",
-    "stale_replies": "replies that came too late, or from an earlier life of the server",
-    "bad_replies": "replies that were no message of this protocol, or not the one asked for",
-    "unsent_messages": "messages dropped because the server could not be reached or was too slow to take them",
-    "sessions_opened": "hellos answered",
-    "sessions_lost": "sessions that the server did not know any more, mostly since it was restarted",
-    "failures": "failures in the background thread",
-    "unmapped_hits": "hits in segments that this process cannot map: not served",
-    "misfit_hits": "hits whose payload has another size or layout than the tensors asked for: not served",
-    "unmapped_grants": "grants in segments that this process cannot map: given back",
-    "refused_marks": "grants whose record was not free in memory: given back",
-    "lost_sources": "copies whose source had changed, or did not deliver, by their end: given back",
-    "lost_writes": "writes whose record was no longer the writer's at the commit",
-    "invalid_reads": "chunks whose record had changed by the end of the copy: not served",
-    "remote_hits": "chunks read from segments of other hosts, and valid",
-    "remote_read_bytes": "their bytes",
-    "remote_lost_hits": "hits on other hosts that were not delivered: not served",
-    "remote_failures": "times a donor on another host did not deliver in time, or was not there: it is left alone for a while",
-    "remote_no_staging": "times there was no staging memory for a read from another host",
-}
 
 #: What the protocol allows a name.
 MAX_LABEL_CHARS: Final = 256
@@ -116,6 +92,7 @@ class PoolClient:
         self.mappings = Mappings(self.runtime, host=self.host, remote=remote)
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
+        self._index = IndexReader(self.runtime) if config.server.shared_index else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             socket = dealer(self._context, config)
@@ -165,8 +142,16 @@ class PoolClient:
         """The leading run of ``keys`` (16 bytes each, joined) that is present; leased for ``lease_s`` if positive.
 
         The lease, if any, is the caller's to ``release``. No hits when the server is unavailable.
+
+        Without a lease it is read from shared memory where the server is on this host: the same answer, up to what is on its
+        way to the server from other clients, and no use for eviction.
         """
         _check_keys(keys)
+        if not lease_s:
+            found = self._lookup_index(keys)
+            if found is not None:
+                return found
+        self.count("server_lookups")
         return (
             self._call(
                 Hits, lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s), self._leased
@@ -191,7 +176,12 @@ class PoolClient:
         """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits."""
         if lease and self.session.released(lease):
             verdict = list(invalid)
-            self._tell(OneWay(lambda id_, session, term: protocol.Release(id_, session, term, lease, verdict)))
+            self._tell(
+                OneWay(
+                    lambda id_, session, term: protocol.Release(id_, session, term, lease, verdict),
+                    is_seen=bool(verdict),  # what did not validate is dropped
+                )
+            )
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -245,7 +235,12 @@ class PoolClient:
             self.session.committed(generations)
             told = list(generations)
             self._tell(
-                OneWay(lambda id_, session, term: protocol.Commit(id_, session, term, told), told, is_commit=True)
+                OneWay(
+                    lambda id_, session, term: protocol.Commit(id_, session, term, told),
+                    told,
+                    is_commit=True,
+                    is_seen=True,
+                )
             )
 
     def abort(self, generations: Sequence[int]) -> None:
@@ -321,6 +316,8 @@ class PoolClient:
             if self._is_over:  # a forked child owns neither the sockets nor the thread
                 return
             self._closed = True
+        if self._index is not None:
+            self._index.close()
         self._calls.close()
         self._granted_all = True
         is_stopped = self.background.stop(timeout_s)
@@ -334,6 +331,17 @@ class PoolClient:
     @property
     def _is_over(self) -> bool:
         return self._closed or os.getpid() != self._pid
+
+    def _lookup_index(self, keys: bytes) -> Hits | None:
+        if self._index is None or not self.available or not self._calls.is_seen:
+            return None
+        session = self.session
+        term = session.term
+        hits = self._index.run(session.index, term, keys)
+        if hits is None:
+            return None
+        self.count("index_lookups")
+        return Hits(0, term, hits, 0)
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None

@@ -5,6 +5,7 @@ Two processes are on the same host if and only if they see the same runtime dire
 * ``host``: 16 random bytes, the HostId;
 * ``client-<session>.lock``: held (flock) by every writing client for as long as its process lives;
 * ``segment-<id>.shm``: the memory of a host segment, held (flock) by its donor;
+* ``index-<term><random>.shm``: the metadata server's index for readers, held (flock) by the server;
 * ``sweep.lock``: held for a moment while one of these is created or looked at, so that nobody takes a file that exists but
   is not yet locked for one whose owner has died;
 * the metadata server's socket and lock, which are its own business.
@@ -33,8 +34,9 @@ from vcache.errors import CorruptionError, UnavailableError
 HOST_ID_BYTES: Final = 16
 #: How long ``sweep.lock`` is waited for: a process may be suspended while it holds it, and no wait is without a bound.
 SWEEP_PATIENCE_S: Final = 1.0
-_OWNED: Final = re.compile(r"(client)-([0-9a-f]{32})\.lock|(segment)-([0-9a-f]{32})\.shm")
+_OWNED: Final = re.compile(r"(client)-([0-9a-f]{32})\.lock|segment-[0-9a-f]{32}\.shm|index-[0-9a-f]{32}\.shm(?:\.new)?")
 _SEGMENT_NAME: Final = re.compile(r"segment-[0-9a-f]{32}\.shm")
+_INDEX_NAME: Final = re.compile(r"index-[0-9a-f]{32}\.shm")
 
 _held: weakref.WeakSet[HeldFile] = weakref.WeakSet()
 
@@ -140,6 +142,26 @@ class RuntimeDir:
         if not _SEGMENT_NAME.fullmatch(name):
             raise CorruptionError(f"{name!r} does not name a segment file")
         return os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def create_index_file(self, name: str) -> HeldFile:
+        """Creates and locks the (empty) file of the server's index. ``close`` and ``unlink`` are the caller's."""
+        return self._create_locked(self.path / name)
+
+    def open_index_file(self, name: str) -> int:
+        """A descriptor to read the server's index by; ``name`` came over a socket and is checked.
+
+        Raises ``CorruptionError`` for a name that is none, ``OSError`` when the file is not there.
+        """
+        if not _INDEX_NAME.fullmatch(name):
+            raise CorruptionError(f"{name!r} does not name an index")
+        return os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def replace_file(self, old: HeldFile, new: HeldFile) -> None:
+        """Gives the file ``new`` the name of ``old``, whose lock is given up. Raises ``UnavailableError`` as ``is_dead`` does."""
+        with self._sweeping():  # a sweep that has just found the old one free would remove the name of the new one
+            os.rename(new.path, old.path)
+            new.path = old.path
+            old.close()
 
     def is_dead(self, session: bytes) -> bool:
         """Whether the writing client ``session`` is proven dead: its lock file is gone, or its lock is free.

@@ -68,6 +68,8 @@ class Session:
         self.id = session_id
         self._max_named = max_named
         self.term = 0
+        #: The file of the server's index, which is there if the server is on this host.
+        self.index = ""
         #: Counts hellos answered, so that an error about an earlier session ends no later one.
         self.epoch = 0
         self._lock = threading.Lock()
@@ -102,6 +104,7 @@ class Session:
             self._last_term = welcome.term
             self._infos = {info.number: info for info in welcome.segments}
             self.epoch += 1
+            self.index = welcome.index
             self.term = welcome.term
 
     # --- segments -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class Welcome(Message, tag=64):
     heartbeat_s: float
     liveness_s: float
     segments: list[SegmentInfo]
+    index: str = ""  # the file of the server's index in its host's runtime directory, if it publishes one
 
 
 class Orders(Message, tag=65):

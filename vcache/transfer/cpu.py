@@ -8,12 +8,12 @@ within every operation, which costs most of the speed as soon as something else 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
 
+from vcache.native import native_library
 from vcache.paged_kv import PagedKV
 from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_scatter
 from vcache.transfer.threads import default_threads, run_pieces
@@ -81,13 +81,7 @@ def _copy(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, *, to_payload: 
 
 
 def _load() -> ctypes._NamedFuncPointer:
-    found = importlib.util.find_spec(_LIBRARY)
-    if found is None or found.origin is None:
-        raise ImportError(
-            f"{_LIBRARY} is not built: install the package (`pip install .`, or `make environment`), or build it in place "
-            "with `python setup.py build_ext --inplace`; either needs a C compiler"
-        )
-    function = ctypes.CDLL(found.origin).vcache_copy_blocks  # a CDLL's functions run without the GIL
+    function = native_library(_LIBRARY).vcache_copy_blocks
     number, address = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [address, *[number] * 4, address, number, address, number, ctypes.c_int]
     function.restype = None
