@@ -98,6 +98,7 @@ def test_unknown_tags_and_replies_nobody_asked_for_are_refused(dealer: Dealer) -
 def test_a_request_in_several_frames_is_refused(dealer: Dealer) -> None:
     for frames in ((b"", dealer.message(protocol.Stats)), (b"a", b"b", b"c")):
         assert dealer.raw(*frames).code is ErrorCode.BAD_REQUEST
+    assert dealer.stats().counters["bad_messages"] == 2
 
 
 def test_unreadable_one_way_messages_are_not_answered(dealer: Dealer) -> None:
@@ -105,6 +106,7 @@ def test_unreadable_one_way_messages_are_not_answered(dealer: Dealer) -> None:
     for kind, fields in ((protocol.Commit, ([1],)), (protocol.Touch, (b"",))):
         dealer.socket.send(dealer.message(kind, *fields)[:-1])
     assert dealer.stats().counters["bad_messages"] == 2
+    assert dealer.pushed == [], "nothing came before the answer to a later request"
 
 
 def test_numbers_beyond_their_bounds_are_refused(dealer: Dealer) -> None:
