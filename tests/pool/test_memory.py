@@ -122,6 +122,15 @@ def test_memory_that_runs_out_while_it_is_made_leaves_nothing(runtime, monkeypat
     assert not list(runtime.path.glob("segment-*"))
 
 
+def test_a_runtime_directory_on_a_disk_is_warned_of_one_in_shared_memory_is_not(runtime, tmp_path, caplog):
+    if os.stat(tmp_path).st_dev == os.stat("/dev/shm").st_dev or not os.path.ismount("/dev/shm"):
+        pytest.skip("no disk and no shared memory to tell apart")
+    host_memory(runtime).close()
+    assert caplog.text == ""
+    host_memory(RuntimeDir(tmp_path / "on-disk")).close()
+    assert f"runtime_dir = {tmp_path}/on-disk is on a disk" in caplog.text
+
+
 def test_a_tensor_outlives_the_memorys_closing(runtime):
     memory = host_memory(runtime)
     tensor = memory.tensor

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import platform
 import threading
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -25,6 +27,8 @@ from vcache.pool.runtime_dir import HeldFile, RuntimeDir, segment_file_name
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_WRITE: Final = 23
 #: Pages are made present in steps of this size, so that closing never waits long for it.
@@ -33,6 +37,9 @@ _POPULATE_STEP: Final = 16 << 20
 # Through ctypes, which lets other threads run meanwhile; mmap.madvise and MAP_POPULATE hold the GIL (0.3 s for 4 GiB).
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_statfs = ctypes.CDLL(None, use_errno=True).statfs
+#: ``f_type`` of file systems that live in memory: tmpfs, ramfs, hugetlbfs.
+_MEMORY_FILE_SYSTEMS: Final = frozenset({0x01021994, 0x858458F6, 0x958458F6})
 
 
 class HostWords:
@@ -105,6 +112,12 @@ class HostMemory:
         if nbytes <= 0 or nbytes % mmap.PAGESIZE:
             raise ValueError(f"nbytes = {nbytes}: must be a positive multiple of {mmap.PAGESIZE}")
         _require_free(runtime, nbytes)
+        if not _is_in_memory(runtime.path):
+            logger.warning(
+                "runtime_dir = %s is on a disk: the system writes the segment to it; use a directory in shared memory, "
+                "such as /dev/shm/vcache",
+                runtime.path,
+            )
         file = runtime.create_segment_file(segment_id)
         try:
             os.truncate(file.fd, nbytes)
@@ -236,6 +249,12 @@ def _require_free(runtime: RuntimeDir, nbytes: int) -> None:
     free, where = _free_bytes(runtime)
     if nbytes > free:
         raise _too_little(nbytes, free, where)
+
+
+def _is_in_memory(path: Path) -> bool:
+    """Whether files in this directory are memory; true where the system does not say."""
+    status = (ctypes.c_long * 32)()  # struct statfs begins with f_type and is smaller than this
+    return _statfs(os.fsencode(path), status) != 0 or status[0] in _MEMORY_FILE_SYSTEMS
 
 
 def _too_little(nbytes: int, free: int, where: str) -> CapacityError:
