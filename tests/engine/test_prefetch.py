@@ -187,7 +187,7 @@ def test_from_mooncake_whose_owner_then_dies(start_server, start_donor, open_eng
 
     def is_in_the_store_alone() -> bool:
         engine.store(TOKENS, kvcaches=tensors, slot_mapping=slots_of(HERE))
-        return engine.flush() and engine.clear() == 4 and engine.lookup(TOKENS) == 32
+        return bool(engine.flush() and engine.clear() == 4 and engine.lookup(TOKENS) == 32)
 
     until(is_in_the_store_alone, "the chunks are in the store, once its circuit is closed")
     assert engine.prefetch(TOKENS).wait() == 4
