@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
+_KEY: Final = np.dtype((np.void, KEY_BYTES))
 _MASK_DOMAIN: Final = b"vcache/vllm-block-hash/1"
 #: vLLM's names of hashes that do not collide, and that start from the same value in every process unless told otherwise.
 _STABLE_HASHES: Final = ("sha256", "sha256_cbor")
@@ -62,8 +63,7 @@ class PromptKeys:
             return
         last_blocks = hashes[(done + 1) * self._per_chunk - 1 : wanted * self._per_chunk : self._per_chunk]
         joined = np.frombuffer(b"".join(last_blocks), dtype=np.uint8).reshape(wanted - done, -1)
-        data = (joined[:, :KEY_BYTES] ^ self._mask).tobytes()
-        keys = [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+        keys = (joined[:, :KEY_BYTES] ^ self._mask).view(_KEY).ravel().tolist()
         self.keys += cast("list[ChunkKey]", keys)
 
 
