@@ -61,6 +61,7 @@ class EvictionConfig(Section):
     high_watermark: Fraction = 0.95
     low_watermark: Fraction = 0.90
     demotion_timeout: Seconds = 10.0
+    pull: bool = True
 
 
 class CurveConfig(Section):

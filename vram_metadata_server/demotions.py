@@ -1,9 +1,10 @@
 """What eviction does with a victim: nothing is lost that the tier below can take.
 
 A victim whose shard lies twice on its host just goes. Another is *demoted*: its donor is ordered to copy the payload to a
-segment of tier DRAM on its host, or to the store, and it is served from where it is until the copy is committed. It goes when
-the donor says so, if nobody has taken a lease on it meanwhile. What cannot be demoted, or was not by a deadline, is dropped.
-A chunk's ranks go together.
+segment of tier DRAM on its host, or to the store, and it is served from where it is until the copy is committed. Where there is
+neither, but room in a segment of another host, that one's donor is ordered to *pull* it: nobody writes into another host's
+segment. The victim goes when the donor says so, if nobody has taken a lease on it meanwhile. What cannot be demoted, or was not
+by a deadline, is dropped. A chunk's ranks go together.
 
 Steps of the protocol's model (``tests/model``): *demote*, *demoted*. A server that restarts in between finds two placements,
 or one, in the donors' records, and begins anew.
@@ -14,15 +15,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 
-from vcache.protocol import Demoted, Destination, Tier
+from vcache.protocol import Demoted, Destination, Pulled, Tier
 from vram_metadata_server.catalog import Catalog, key_text
 from vram_metadata_server.index import Entry, Placement, copies_of
 from vram_metadata_server.segments import Segment, SegmentState
 
 log = logging.getLogger(__name__)
+
+_OUTCOMES: Final = {Destination.DRAM: "demoted", Destination.STORE: "spilled", Destination.PEER: "pulled"}
 
 
 class Demotion(msgspec.Struct, eq=False):
@@ -33,11 +37,18 @@ class Demotion(msgspec.Struct, eq=False):
     destination: Destination
     deadline: float
     parent: Entry | None  # follows without waiting for the copy
+    puller: Segment | None  # of another host, whose donor makes the copies
     failed: bool = False
 
     @property
     def is_pending(self) -> bool:
         return any(is_demoting(placement) for placement in self.placements)
+
+    def stop(self, placement: Placement) -> None:
+        """Nobody need copy it any more."""
+        placement.segment.stop_demoting(placement)
+        if self.puller is not None:
+            self.puller.stop_pulling(placement.generation)
 
 
 class Demotions:
@@ -87,6 +98,11 @@ class Demotions:
         last = [first for first in entry.shards if first is not None]
         if victim in last and all(first.segment.spills and first.segment.is_readable for first in last):
             self._begin(entry, last, Destination.STORE)
+        elif (puller := self._puller_of(victim)) is not None:
+            left = [
+                each for each in entry.placements() if _is_beside(each, victim) and not _has_copy(each, on_host=False)
+            ]
+            self._begin(entry, left, Destination.PEER, puller)
         else:
             self._drop(victim)
 
@@ -104,6 +120,21 @@ class Demotions:
                 self._under_way[generation].failed = True
                 self._settle(placement)
 
+    def pulled(self, segment: Segment, request: Pulled) -> None:
+        """*demoted*, as a donor of another host says it that was to pull into ``segment``."""
+        for generation in (*request.done, *request.failed):
+            demotion = self._under_way.get(generation)
+            if demotion is None or demotion.puller is not segment:
+                continue
+            placement = next(each for each in demotion.placements if each.generation == generation)
+            if not is_demoting(placement):
+                segment.stop_pulling(generation)  # it was removed meanwhile
+                continue
+            if generation in request.done and not _has_copy(placement, on_host=False):
+                continue
+            demotion.failed |= generation not in request.done
+            self._settle(placement)
+
     def tick(self, now: float) -> None:
         """Ends the demotions whose deadline has passed, or that need not be told of any more."""
         if self._began is None:
@@ -119,15 +150,19 @@ class Demotions:
 
     # --- one demotion ---------------------------------------------------------------------------------------------
 
-    def _begin(self, entry: Entry, placements: list[Placement], destination: Destination) -> None:
+    def _begin(
+        self, entry: Entry, placements: list[Placement], destination: Destination, puller: Segment | None = None
+    ) -> None:
         catalog = self._catalog
         parent = catalog.index.get(entry.parent)
-        demotion = Demotion(entry, placements, destination, catalog.now + catalog.settings.demotion_s, parent)
+        demotion = Demotion(entry, placements, destination, catalog.now + catalog.settings.demotion_s, parent, puller)
         self._by_deadline[placements[0].generation] = demotion
         for placement in placements:
             placement.segment.demote(placement, destination)
             self._under_way[placement.generation] = demotion
-            catalog.to_order[placement.segment] = None
+            if puller is not None:
+                puller.pull(placement)
+            catalog.to_order[puller or placement.segment] = None
         if parent is not None:
             parent.leaving += 1
             catalog.offer(parent)
@@ -142,7 +177,7 @@ class Demotions:
 
     def _settle(self, placement: Placement) -> None:
         demotion = self._under_way[placement.generation]
-        placement.segment.stop_demoting(placement)
+        demotion.stop(placement)
         if not demotion.is_pending:
             self._end(demotion)
 
@@ -151,7 +186,7 @@ class Demotions:
         del self._by_deadline[demotion.placements[0].generation]
         is_late = demotion.is_pending
         for placement in demotion.placements:
-            placement.segment.stop_demoting(placement)
+            demotion.stop(placement)
             del self._under_way[placement.generation]
         if demotion.parent is not None:
             demotion.parent.leaving -= 1
@@ -159,7 +194,7 @@ class Demotions:
         if not left:
             return
         catalog = self._catalog
-        outcome = "demoted" if demotion.destination is Destination.DRAM else "spilled"
+        outcome = _OUTCOMES[demotion.destination]
         if is_late or demotion.failed:
             outcome = "demotion_timed_out" if is_late else "demotion_failed"
         catalog.counters[outcome] += 1
@@ -168,9 +203,9 @@ class Demotions:
                 continue  # its chunk was dropped
             if demotion.entry.holds:
                 catalog.policy.offer(placement)
-            elif _has_copy(placement, on_host=True):
+            elif _has_copy(placement, on_host=outcome != "pulled"):
                 catalog.retire_placement(placement)
-            elif outcome == "demoted":  # the copy went in the meantime
+            elif outcome in ("demoted", "pulled"):  # the copy went in the meantime
                 catalog.policy.offer(placement)
             else:
                 self._drop(placement)
@@ -199,6 +234,32 @@ class Demotions:
             self._catalog.pressure.nudge(below[0], nbytes)
         return bool(below)
 
+    def _puller_of(self, victim: Placement) -> Segment | None:
+        """A segment of another host that has room for what of the victim's chunk lies beside it; of these the emptiest, in VRAM if there is one.
+
+        It stays below its low watermark: what is pulled never pushes anything out.
+        """
+        catalog = self._catalog
+        host, tier = victim.segment.info.host, victim.segment.info.tier
+        if not catalog.settings.pull or tier is not Tier.VRAM or _has_copy(victim, on_host=False):
+            return None
+        going = [
+            each
+            for each in victim.entry.placements()
+            if _is_beside(each, victim) and not _has_copy(each, on_host=False)
+        ]
+        if not all(each.segment.info.remote for each in going):
+            return None  # nobody can read it
+        sizes = [each.extent[1] for each in going]
+        able = [
+            segment
+            for segment in catalog.segments.values()
+            if segment.info.host != host and segment.may_pull(sizes, catalog.settings.low_watermark)
+        ]
+        return min(
+            able, key=lambda segment: (segment.info.tier, segment.used_bytes + segment.pulling_bytes), default=None
+        )
+
     def _dram_of(self, host: bytes) -> Iterator[Segment]:
         return (segment for segment in self._catalog.segments_of(host) if segment.info.tier is Tier.DRAM)
 
@@ -208,8 +269,10 @@ class Demotions:
         for entry in [*self._catalog.index.whole.values(), *self._catalog.index.partial.values()]:
             assert entry.leaving == leaving[id(entry)], "an entry's count of children on their way down is wrong"
         assert {g for demotion in self._by_deadline.values() for g in _generations(demotion)} == set(self._under_way)
+        pulling = {g for demotion in self._by_deadline.values() for g in _generations(demotion) if demotion.puller}
         for segment in self._catalog.segments.values():
             assert set(segment.demoting) <= set(self._under_way), "demoted on nobody's behalf"
+            assert set(segment.pulling) <= pulling, "pulled on nobody's behalf"
 
 
 def is_demoting(placement: Placement) -> bool:

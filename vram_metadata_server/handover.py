@@ -86,6 +86,7 @@ class Registrar:
             record_count=request.records,
             waiting=waiting,
             spills=request.spills,
+            pulls=request.pulls,
         )
         catalog = self._catalog
         catalog.segments[segment.number] = self.gated[segment.number] = self._by_id[request.segment_id] = segment

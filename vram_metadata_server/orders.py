@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from vcache.protocol import MAX_ITEMS_PER_PAGE, DemoteItem, Orders, RetireItem
+from vcache.protocol import MAX_ITEMS_PER_PAGE, DemoteItem, Destination, Orders, PullItem, RetireItem, SegmentInfo
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.members import Members, Session
+from vram_metadata_server.segments import Pull
+
+PullOrder = tuple[int, SegmentInfo, list[PullItem]]
 
 
 class OrderDesk:
@@ -24,6 +27,7 @@ class OrderDesk:
         room = MAX_ITEMS_PER_PAGE
         retire: list[tuple[int, list[RetireItem]]] = []
         demote: list[tuple[int, list[DemoteItem]]] = []
+        pull: list[PullOrder] = []
         probe: set[bytes] = set()
         again: list[int] = []
         for number in session.segments:
@@ -36,18 +40,23 @@ class OrderDesk:
             if pending:
                 retire.append((number, pending))
                 room -= len(pending)
-            sinking = list(islice(segment.demoting.values(), room))
+            own = (item for item in segment.demoting.values() if item.destination is not Destination.PEER)
+            sinking = list(islice(own, room))
             if sinking:
                 demote.append((number, sinking))
                 room -= len(sinking)
-            if len(pending) == len(segment.retiring) and len(sinking) == len(segment.demoting):
+            pulling = list(islice(segment.pulling.values(), room))
+            pull.extend(_by_source(number, pulling))
+            room -= len(pulling)
+            if room:
                 segment.unsent.clear()
                 segment.undemoted.clear()
+                segment.unpulled.clear()
                 self._catalog.to_order.pop(segment, None)
         if session.segments:
             probe |= self._members.suspects(session.host)
         gone = [number for number in attached if number not in segments]
-        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again, demote)
+        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again, demote, pull)
 
     def pushes(self) -> Iterator[tuple[bytes, Orders]]:
         """Orders that came up since they were last asked for."""
@@ -56,14 +65,17 @@ class OrderDesk:
             del segment.unsent[: len(page)]
             sinking = segment.undemoted[:MAX_ITEMS_PER_PAGE]
             del segment.undemoted[: len(sinking)]
-            if not segment.unsent and not segment.undemoted:
+            pulling = segment.unpulled[:MAX_ITEMS_PER_PAGE]
+            del segment.unpulled[: len(pulling)]
+            if not (segment.unsent or segment.undemoted or segment.unpulled):
                 del self._catalog.to_order[segment]
             donor = self._members.get(segment.donor)
             again = [segment.number] if segment.gate is not None and segment.gate.wants_new_scan else []
-            if donor is not None and (page or again or sinking):
+            if donor is not None and (page or again or sinking or pulling):
                 retire = [(segment.number, page)] if page else []
                 demote = [(segment.number, sinking)] if sinking else []
-                yield donor.route, Orders(0, self._term, [], retire, [], again, demote)
+                pull = list(_by_source(segment.number, pulling))
+                yield donor.route, Orders(0, self._term, [], retire, [], again, demote, pull)
 
     def probes(self, host: bytes) -> Iterator[tuple[bytes, Orders]]:
         """Asks the donors of a host to prove its suspects dead, without waiting for their heartbeats."""
@@ -71,4 +83,13 @@ class OrderDesk:
         if suspects:
             for session in self._members:
                 if session.host == host and session.segments and not session.is_silent:
-                    yield session.route, Orders(0, self._term, [], [], suspects, [], [])
+                    yield session.route, Orders(0, self._term, [], [], suspects, [], [], [])
+
+
+def _by_source(number: int, pulls: Iterable[Pull]) -> Iterator[PullOrder]:
+    """Orders to pull into segment ``number``, one for each segment that they pull from."""
+    items: dict[int, PullOrder] = {}
+    for pull in pulls:
+        info = pull.source.info  # as it is read now
+        items.setdefault(info.number, (number, info, []))[2].append(pull.item)
+    yield from items.values()

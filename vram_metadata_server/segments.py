@@ -6,12 +6,13 @@ here: when any of these come and go (``catalog.py``), and how a registered segme
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from vcache.protocol import DemoteItem, Destination, RetireItem, SegmentInfo
+from vcache.protocol import DemoteItem, Destination, PullItem, RetireItem, SegmentInfo
 from vram_metadata_server.allocator import ExtentAllocator, round_up
 from vram_metadata_server.index import Placement
 from vram_metadata_server.reservations import Reservation
@@ -42,6 +43,13 @@ class Retiring(msgspec.Struct, gc=False, eq=False):
     offset: int
     nbytes: int
     waiters: list[Removal]
+
+
+class Pull(msgspec.Struct, gc=False, eq=False):
+    """A placement of another host's segment that a donor is to copy into its own."""
+
+    source: Segment
+    item: PullItem
 
 
 Holder = Placement | Reservation | Retiring
@@ -96,6 +104,7 @@ class Segment:
         record_count: int,
         waiting: set[bytes],
         spills: bool = False,
+        pulls: bool = False,
     ) -> None:
         self.info = info
         self.number = info.number
@@ -112,7 +121,11 @@ class Segment:
         self.retiring_bytes = 0
         self.unsent: list[RetireItem] = []  # of ``retiring``: not yet ordered
         self.spills = spills  # its donor writes to the store
-        self.demoting: dict[int, DemoteItem] = {}  # placements that are being copied to the tier below, by generation
+        self.pulls = pulls  # its donor copies from other hosts
+        self.pulling: dict[int, Pull] = {}  # placements of other hosts that are being copied here, by generation
+        self.pulling_bytes = 0
+        self.unpulled: list[Pull] = []  # of ``pulling``: not yet ordered
+        self.demoting: dict[int, DemoteItem] = {}  # placements that are being copied elsewhere, by generation
         self.demoting_bytes = 0
         self.undemoted: list[DemoteItem] = []  # of ``demoting``: not yet ordered
 
@@ -196,16 +209,44 @@ class Segment:
             self.gate.retired.add(item.generation)
 
     def demote(self, placement: Placement, destination: Destination) -> None:
-        """Its donor is to copy the placement's payload to the tier below; until then it stays what it is."""
+        """Its donor is to copy the placement's payload, or another host's (``PEER``); until then it stays what it is."""
         item = DemoteItem(placement.record, placement.generation, destination)
         self.demoting[item.generation] = item
         self.demoting_bytes += round_up(placement.extent[1])
-        self.undemoted.append(item)
+        if destination is not Destination.PEER:
+            self.undemoted.append(item)
 
     def stop_demoting(self, placement: Placement) -> None:
         """The copy is done, given up, or needed no more. Harmless for a placement that is not being demoted."""
         if self.demoting.pop(placement.generation, None) is not None:
             self.demoting_bytes -= round_up(placement.extent[1])
+
+    def may_pull(self, sizes: list[int], watermark: float) -> bool:
+        """Whether its donor can take so many bytes of another host, and the segment stays below the watermark with them."""
+        if not self.pulls or self.state is not SegmentState.SERVING or self.space is None:
+            return False
+        nbytes = self.used_bytes + self.pulling_bytes + sum(map(round_up, sizes))
+        records = self.kept_records + len(self.pulling) + len(sizes)
+        is_below = nbytes <= watermark * self.space.total_bytes and records <= watermark * self.record_count
+        return is_below and self.has_room(max(sizes))
+
+    def pull(self, placement: Placement) -> None:
+        """Its donor is to copy the placement, of another host's segment, into this one."""
+        offset, nbytes = placement.extent
+        item = PullItem(placement.record, placement.generation, placement.entry.key, offset, nbytes)
+        order = self.pulling[item.generation] = Pull(placement.segment, item)
+        self.pulling_bytes += round_up(nbytes)
+        self.unpulled.append(order)
+
+    def is_pulling(self, keys: Iterable[bytes]) -> bool:
+        """Whether all of these are being copied here from other hosts."""
+        return bool(self.pulling) and {*keys} <= {order.item.key for order in self.pulling.values()}
+
+    def stop_pulling(self, generation: int) -> None:
+        """As ``stop_demoting``."""
+        order = self.pulling.pop(generation, None)
+        if order is not None:
+            self.pulling_bytes -= round_up(order.item.nbytes)
 
     def open(self) -> None:
         """Opens the gate: from here on it grants. Raises ``OverlapError`` when extents in use share bytes."""
@@ -226,6 +267,7 @@ class Segment:
         demoted = [holder for holder in held if isinstance(holder, Placement) and holder.generation in self.demoting]
         assert len(demoted) == len(self.demoting), "what is being demoted is not there"
         assert sum(round_up(holder.extent[1]) for holder in demoted) == self.demoting_bytes
+        assert sum(round_up(order.item.nbytes) for order in self.pulling.values()) == self.pulling_bytes
         if self.space is None:
             return
         self.space.check_integrity()

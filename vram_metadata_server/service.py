@@ -81,6 +81,7 @@ class Service:
             protocol.Handover: self._handover,
             protocol.Retired: self._retired,
             protocol.Demoted: self._demoted,
+            protocol.Pulled: self._pulled,
             protocol.DrainSegment: self._drain,
             protocol.Lookup: self._lookup,
             protocol.Acquire: self._acquire,
@@ -235,6 +236,9 @@ class Service:
 
     def _demoted(self, session: Session, sender: bytes, request: protocol.Demoted) -> None:
         self.demotions.demoted(self.registrar.segment_of(session, request.number), request)
+
+    def _pulled(self, session: Session, sender: bytes, request: protocol.Pulled) -> None:
+        self.demotions.pulled(self.registrar.segment_of(session, request.number), request)
 
     def _drain(self, session: Session, sender: bytes, request: protocol.DrainSegment) -> None:
         segment = self.registrar.segment_of(session, request.number)

@@ -26,6 +26,7 @@ class ServiceSettings:
     high_watermark: float = 0.95
     low_watermark: float = 0.90
     demotion_s: float = 10.0
+    pull: bool = True
     max_message_bytes: int = 4 << 20
     #: Records looked at, and entries evicted, in one tick: what bounds a tick's time.
     sweep_batch: int = 2048
@@ -45,5 +46,6 @@ class ServiceSettings:
             high_watermark=server.eviction.high_watermark,
             low_watermark=server.eviction.low_watermark,
             demotion_s=server.eviction.demotion_timeout,
+            pull=server.eviction.pull,
             max_message_bytes=server.max_message_bytes,
         )

@@ -78,7 +78,8 @@ class Writes:
         self._count(outcomes)
         if best is not None:
             if Outcome.NO_SPACE in outcomes:
-                catalog.pressure.nudge(best, request.nbytes)
+                if not best.is_pulling(keys):  # what is pulled pushes nothing out
+                    catalog.pressure.nudge(best, request.nbytes)
             elif granted:
                 catalog.pressure.check(best)
                 if able[-1] is not best:  # it was full: others of these took what it could not

@@ -1,7 +1,7 @@
 """Copies within the pool, as demotion and promotion make them: *reserve* for a copy, the copy, the check of its source, removal.
 
 In the model all placements lie in one segment; the protocol is the same, wherever a copy goes: it is granted while the pool has
-the chunk once, and nobody else copies it.
+the chunk once, and nobody else copies it. A donor that pulls from another host reads payload and record before it asks for space.
 """
 
 from __future__ import annotations
@@ -33,6 +33,26 @@ def copy_steps(state: State, variant: Variant, number: int, writer: Writer) -> S
     if mine is not None and writer.term == server.term:
         after = after._replace(server=settle(server, mine))
     yield f"{name}: source has gone, abort told", after
+
+
+def pull_steps(state: State, variant: Variant, number: int, writer: Writer) -> Steps:
+    """Reads whatever lies in the source's cell, by an order that may be out of date; then the source's record."""
+    name = f"puller {writer.key}"
+    if writer.at == "idle":
+        for placement in [placement for placement in state.server.entries if placement.key == writer.key]:
+            yield f"order: pull {writer.key}", moved(state, number, writer._replace(source=placement), "ordered")
+        return
+    source = writer.source
+    assert source is not None
+    if writer.at == "ordered":
+        staged = writer._replace(staged=state.cells[source.cell])
+        yield f"{name}: reads the payload", moved(state, number, staged, "staged")
+        return
+    found = state.records[source.record]
+    if (found.generation, found.key) == (source.generation, source.key) or not variant.copies_check_their_source:
+        yield f"{name}: reads the record", moved(state, number, writer, "proven")
+    else:
+        yield f"{name}: source has gone", moved(state, number, writer, "done")
 
 
 def may_revive(server: Server, claim: Reservation) -> bool:

@@ -13,7 +13,7 @@ not safety).
 from __future__ import annotations
 
 from tests.model.changes import is_taken, moved, placed, reservation_of, settle, with_item, with_record, with_writer
-from tests.model.copies import call_off_copies, copy_steps, may_copy, may_revive
+from tests.model.copies import call_off_copies, copy_steps, may_copy, may_revive, pull_steps
 from tests.model.state import (
     FREE,
     Donor,
@@ -37,11 +37,12 @@ def start(variant: Variant) -> State:
         writers=(
             *(Writer("idle", key, 1) for key in variant.keys),
             *(Writer("idle", key, 1, is_copier=True) for key in variant.copied),
+            *(Writer("idle", key, 1, is_copier=True, is_puller=True) for key in variant.pulled),
         ),
         donor=Donor(1),
         server=Server(
             incarnation=1, is_settled=True, is_handed_over=True, is_open=True,
-            known=frozenset(range(len(variant.keys) + len(variant.copied))),
+            known=frozenset(range(len(variant.keys) + len(variant.copied) + len(variant.pulled))),
         ),
         reader=Reader(),
         evictions=variant.evictions,
@@ -71,8 +72,11 @@ def _writer_steps(state: State, variant: Variant, number: int, writer: Writer) -
         if writer.at == "sent":
             yield from _commit_arrives(state, variant, number, writer)
         return
-    name = f"copier {writer.key}" if writer.is_copier else f"writer {writer.key}"
-    if writer.at == "idle":
+    kind = "puller" if writer.is_puller else "copier" if writer.is_copier else "writer"
+    name = f"{kind} {writer.key}"
+    if writer.is_puller and writer.at in ("idle", "ordered", "staged"):
+        yield from pull_steps(state, variant, number, writer)
+    elif writer.at in ("idle", "proven"):
         yield from _reserve(state, variant, number, writer)
     elif writer.at == "asked":
         if writer.term == state.server.term:
@@ -89,10 +93,10 @@ def _memory_steps(state: State, variant: Variant, number: int, writer: Writer, n
     if writer.at == "granted":
         marked = Record(writer.generation - 1, writer.key, writer.cell)
         yield f"{name}: marks", moved(with_record(state, writer.record, marked), number, writer, "marked")
-    elif writer.is_copier and writer.at in ("marked", "copied"):
+    elif writer.is_copier and not writer.is_puller and writer.at in ("marked", "copied"):
         yield from copy_steps(state, variant, number, writer)
     elif writer.at == "marked":
-        cells = with_item(state.cells, writer.cell, writer.key)
+        cells = with_item(state.cells, writer.cell, writer.staged if writer.is_puller else writer.key)
         yield f"{name}: writes its payload", moved(state._replace(cells=cells), number, writer, "written")
     elif writer.at == "written":
         committed = Record(writer.generation, writer.key, writer.cell)

@@ -15,6 +15,7 @@ class Variant:
 
     keys: tuple[str, ...] = ("A", "B")  # one writer each
     copied: tuple[str, ...] = ()  # one copier each: it copies that chunk within the pool, as demotion and promotion do
+    pulled: tuple[str, ...] = ()  # one puller each: it reads that chunk before it reserves space for a copy of it
     records: int = 2
     cells: int = 1
     evictions: int = 1
@@ -43,7 +44,10 @@ class Record(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """``at``: idle, asked (grant on its way), granted, marked, (copied,) written, committed, sent (commit on its way), done."""
+    """``at``: idle, asked (grant on its way), granted, marked, (copied,) written, committed, sent (commit on its way), done.
+
+    A puller is idle, ordered (to pull its source), staged (has the payload), proven (the record said that it is the chunk's), and then asked, and so on.
+    """
 
     at: str
     key: str
@@ -55,6 +59,8 @@ class Writer(NamedTuple):
     is_alive: bool = True
     is_copier: bool = False
     source: Placement | None = None  # what a copier copies
+    is_puller: bool = False  # a copier that reads first
+    staged: str = ""  # what a puller has read
 
     @property
     def is_outstanding(self) -> bool:

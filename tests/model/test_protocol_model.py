@@ -21,6 +21,9 @@ HOLD = {
     "a copy, its source evicted": Variant(copied=("A",), cells=2, restarts=0, kills=0),
     "a copy, its copier or the server killed": Variant(keys=("A",), copied=("A",), cells=2),
     "a copy, removal and restart": Variant(keys=("A",), copied=("A",), cells=2, removals=1, evictions=0, kills=0),
+    "a pull, its source evicted": Variant(pulled=("A",), cells=2, restarts=0, kills=0),
+    "a pull, its puller or the server killed": Variant(keys=("A",), pulled=("A",), cells=2),
+    "a pull, removal and restart": Variant(keys=("A",), pulled=("A",), cells=2, removals=1, evictions=0, kills=0),
 }
 
 BREAK = {
@@ -60,6 +63,19 @@ BREAK = {
         Variant(copied=("A",), cells=2, copies_check_their_source=False, restarts=0, kills=0),
         "wrong bytes served",
     ),
+    "a pull outlives a removal": (
+        Variant(
+            keys=("A",),
+            pulled=("A",),
+            cells=2,
+            removals_call_off_copies=False,
+            removals=1,
+            evictions=0,
+            kills=0,
+            restarts=0,
+        ),
+        "was removed, answered, and is back",
+    ),
     "a copy under way outlives a removal": (
         Variant(
             keys=("A",),
@@ -93,3 +109,13 @@ def test_without_one_rule_a_promise_is_broken(name: str) -> None:
     found = search(variant)
     assert found.broken is not None and promise in found.broken
     assert found.trace, "the way there is shown"
+
+
+@pytest.mark.slow
+def test_what_was_pulled_without_a_look_at_its_record_is_somebody_elses() -> None:
+    """The order is out of date, its space was granted again; the chunk itself is back elsewhere, so that a copy is granted."""
+    variant = Variant(
+        keys=("A", "B", "A"), pulled=("A",), evictions=2, copies_check_their_source=False, cells=2, restarts=0, kills=0
+    )
+    found = search(variant)
+    assert found.broken is not None and "wrong bytes served" in found.broken

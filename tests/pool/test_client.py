@@ -195,7 +195,7 @@ class ScriptedServer:
         if isinstance(request, protocol.Hello):
             reply: protocol.AnyReply = Welcome(request.id, self.term, 0.05, 2.0, [self.info])
         elif isinstance(request, protocol.Heartbeat):
-            reply = protocol.Orders(request.id, self.term, [], [], [], [], [])
+            reply = protocol.Orders(request.id, self.term, [], [], [], [], [], [])
         elif isinstance(request, protocol.Lookup):
             reply = Hits(request.id, request.term, 1, 11)
         elif isinstance(request, protocol.Acquire):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.server.memory import UNIT, Record, SegmentMemory, key
+from tests.server.pulls import Pulls
 from vcache import protocol
 from vcache.protocol import PLACEMENT, Destination, ErrorCode, Outcome, RecordInfo, Tier
 
@@ -130,6 +131,10 @@ class Client:
             for donation in self.donations:
                 if donation.number == number and orders.term == self.term:
                     donation.sinking |= {item.generation: item for item in sinking}
+        for number, source, pulling in orders.pull:
+            for donation in self.donations:
+                if donation.number == number and orders.term == self.term:
+                    donation.pulls.ordered(source, pulling)
 
     def learn(self, infos: list[protocol.SegmentInfo]) -> None:
         self.infos |= {info.number: info for info in infos}
@@ -289,8 +294,10 @@ class Donation:
         *,
         tier: Tier = Tier.DRAM,
         spills: bool = False,
+        remote: bytes = b"",
         register: bool = True,
     ) -> None:
+        """``remote``: how other hosts read it; then it pulls from them, too."""
         self.donor = donor
         self.tier = tier
         self.spills = spills
@@ -303,7 +310,8 @@ class Donation:
         self.to_hand_over: list[RecordInfo] | None = None  # None: handed over
         self.is_to_register = False
         self.is_draining = False
-        self.remote = b""  # how other hosts read it
+        self.remote = remote
+        self.pulls = Pulls(self)
         donor.world.memories[memory.id] = memory
         donor.donations.append(self)
         if register:
@@ -320,10 +328,12 @@ class Donation:
                     self.memory.records[at] = Record()
         self.orders.clear()
         self.sinking.clear()
+        self.pulls.forget()
         attached = [c.session for c in world.clients if c.is_alive and c.writes and c.host == self.donor.host]
         reply = self.donor.call(
             protocol.RegisterSegment, self.memory.id, self.incarnation, self.tier, self.donor.device, self.memory.nbytes,
             UNIT, len(self.memory.records), b"", self.donor.name, attached, self.remote, self.spills,
+            bool(self.remote),
             socket="background",
         )  # fmt: skip
         if isinstance(reply, protocol.Error):

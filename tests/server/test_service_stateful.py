@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.server.world import SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
+from tests.server.world import HOST, SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
 from vcache import protocol
 from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
@@ -21,6 +21,7 @@ from vram_metadata_server.service import Service
 
 CHAINS = "ABC"  # chain C has two ranks and tenant 1
 LENGTH = 4
+OTHER_HOST = b"the-other-host-2"
 
 positions = st.integers(0, LENGTH - 1)
 chains = st.sampled_from(CHAINS)
@@ -32,6 +33,10 @@ def chain(name: str, first: int, count: int) -> list[bytes]:
 
 
 class Pool(RuleBasedStateMachine):
+    """All on one host."""
+
+    hosts: tuple[bytes, ...] = (HOST,)
+
     def __init__(self) -> None:
         super().__init__()
         self.world = World(SETTINGS)
@@ -64,11 +69,13 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def add_donor(self) -> None:
         self.made += 1
+        is_alone = len(self.hosts) == 1
         donation = Donation(
-            Client(self.world, f"d{self.made}"),
+            Client(self.world, f"d{self.made}", host=self._host()),
             SegmentMemory(f"m{self.made}", records=3, units=3),
-            tier=Tier.VRAM if self.made % 2 else Tier.DRAM,
-            spills=self.made % 2 == 0,
+            tier=Tier.VRAM if self.made % 2 or not is_alone else Tier.DRAM,
+            spills=self.made % 2 == 0 and is_alone,
+            remote=b"" if is_alone else b"peer",
             register=False,
         )
         self.donors.append(donation.donor)
@@ -79,7 +86,10 @@ class Pool(RuleBasedStateMachine):
     @rule()
     def add_writer(self) -> None:
         self.made += 1
-        Client(self.world, f"w{self.made}")
+        Client(self.world, f"w{self.made}", host=self._host())
+
+    def _host(self) -> bytes:
+        return self.hosts[self.made % len(self.hosts)]
 
     @rule(pick=picks)
     def suspend(self, pick: int) -> None:
@@ -260,6 +270,18 @@ class Pool(RuleBasedStateMachine):
         if donation is not None:
             donation.finish_demotion()
 
+    @rule(pick=picks)
+    def pull_reads(self, pick: int) -> None:
+        donation = self.one(pick, [donation for donation in self.donations() if donation.pulls.orders])
+        if donation is not None:
+            donation.pulls.read_payload()
+
+    @rule(pick=picks)
+    def pull_goes_on(self, pick: int) -> None:
+        donation = self.one(pick, [donation for donation in self.donations() if donation.pulls.staged])
+        if donation is not None:
+            donation.pulls.advance()
+
     @rule(pick=picks, pages=st.sampled_from([1, None]))
     def hand_over(self, pick: int, pages: int | None) -> None:
         donation = self.one(pick, self.donations())
@@ -392,5 +414,13 @@ class Pool(RuleBasedStateMachine):
         assert len(service.leases) == 0
 
 
+class TwoHosts(Pool):
+    """What one host's VRAM has no room for, the other host's donor pulls."""
+
+    hosts = (HOST, OTHER_HOST)
+
+
 TestPool = Pool.TestCase
 TestPool.settings = settings(stateful_step_count=60, suppress_health_check=list(HealthCheck))
+TestTwoHosts = TwoHosts.TestCase
+TestTwoHosts.settings = TestPool.settings

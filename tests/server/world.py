@@ -85,11 +85,12 @@ class World:
         units: int = 8,
         tier: protocol.Tier = protocol.Tier.DRAM,
         spills: bool = False,
+        remote: bytes = b"",
         **more: Any,
     ) -> Donation:
         """A donor with one registered segment."""
         memory = SegmentMemory(f"m-{name}", records=records, units=units)
-        return Donation(Client(self, name, **more), memory, tier=tier, spills=spills)
+        return Donation(Client(self, name, **more), memory, tier=tier, spills=spills, remote=remote)
 
     def deliver(self, socket: str, message: protocol.AnyRequest | bytes) -> None:
         self.dispatch(self.service.handle(socket.encode(), message, self.now))
@@ -117,8 +118,10 @@ class World:
                     for donation in client.donations:
                         donation.obey()
                         donation.demote()
+                        donation.pulls.work()
             self.tick(drained=False)
-            if not self.service.has_work and not any(d.orders or d.sinking for c in self.clients for d in c.donations):
+            donations = [donation for client in self.clients for donation in client.donations]
+            if not self.service.has_work and not any(d.orders or d.sinking or d.pulls.orders for d in donations):
                 break
 
     def pass_time(self, seconds: float, *, beat_s: float = 1.0) -> None:

@@ -53,7 +53,8 @@ def donate(
         client = PoolClient(
             config,
             device=memory.device,
-            writes=tier_of(config.segment.tier, memory.device) is Tier.VRAM,  # it demotes to segments of tier DRAM
+            # It demotes to segments of tier DRAM; and it may be ordered to copy into its own what other hosts evict.
+            writes=tier_of(config.segment.tier, memory.device) is Tier.VRAM or config.transfer.remote != "none",
             name=f"donor {label or device}",
             maps_ahead=False,
         )

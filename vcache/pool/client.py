@@ -77,6 +77,7 @@ class PoolClient:
     ) -> None:
         self.config = config
         self.device = device
+        self.writes: Final = writes
         self.runtime = RuntimeDir(config.runtime_path)
         self.host = self.runtime.host_id
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
@@ -253,6 +254,11 @@ class PoolClient:
         """Tells the server what became of its orders to demote, behind the commits of this thread. Never waits."""
         lists = list(done), list(failed)
         self._tell(OneWay(lambda id_, session, term: protocol.Demoted(id_, session, term, number, *lists)))
+
+    def pulled(self, number: int, done: Sequence[int], failed: Sequence[int]) -> None:
+        """As ``demoted``, of its orders to pull into segment ``number``."""
+        lists = list(done), list(failed)
+        self._tell(OneWay(lambda id_, session, term: protocol.Pulled(id_, session, term, number, *lists)))
 
     # --- the rest -------------------------------------------------------------------------------------------------
 

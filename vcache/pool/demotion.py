@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 from vcache.failures import FailureLog
 from vcache.memory.copying import aside, copy_between
 from vcache.pool.spilling import Spiller
-from vcache.pool.victims import Victim, runs_of, still_valid, victims_of
-from vcache.pool.writing import PendingWrite, begin_write
+from vcache.pool.victims import Victim, begin_copies, runs_of, still_valid, victims_of
+from vcache.pool.writing import PendingWrite
 from vcache.protocol import DemoteItem, Destination, Outcome, Tier
 
 if TYPE_CHECKING:
@@ -149,20 +148,7 @@ class Demoter:
         return [item for item in items if item.generation in told.no_room]
 
     def _copy_below(self, run: Sequence[Victim], told: _Told) -> None:
-        first = run[0]
-        write = begin_write(
-            self._client,
-            [victim.key for victim in run],
-            parent=first.parent,
-            rank=first.rank,
-            ranks=first.ranks,
-            nbytes=first.nbytes,
-            tokens=first.tokens,
-            tenant=first.tenant,
-            ttl_s=max(1, first.expires_s - int(time.time())) if first.expires_s else 0,
-            layout=first.layout,
-            into_tier=Tier.DRAM,
-        )
+        write = begin_copies(self._client, run, into_tier=Tier.DRAM)
         for victim, outcome in zip(run, write.outcomes, strict=False):  # none at all: the server is away
             if outcome is Outcome.EXISTS:
                 told.done.add(victim.generation)  # if it is not committed yet, the server will see to that

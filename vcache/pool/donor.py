@@ -25,6 +25,7 @@ from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
 from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.demotion import Demoter
+from vcache.pool.pulling import open_puller
 from vcache.pool.segment import Segment
 from vcache.pool.spilling import open_spiller
 from vcache.protocol import (
@@ -76,6 +77,7 @@ class Donor:
         self._client = client
         self._background = client.background
         self._demoter = Demoter(client, self.segment, spiller=open_spiller(config))
+        self._puller = open_puller(client, self.segment)
         self._failures = FailureLog(logger)
         self._page = min(MAX_ITEMS_PER_PAGE, config.server.max_message_bytes // _RECORD_WIRE_BYTES)
         self._state = State.WAITING
@@ -132,7 +134,8 @@ class Donor:
             self._background.remove_duty(self)
             if self._offer is not None:
                 self._offer.close()
-            is_unused = self._demoter.close(timeout_s) and self._client.mappings.give_up(self.segment, timeout_s)
+            is_idle = self._demoter.close(timeout_s) and (self._puller is None or self._puller.close(timeout_s))
+            is_unused = is_idle and self._client.mappings.give_up(self.segment, timeout_s)
             if is_unused:
                 self.segment.close()
                 logger.info("segment %s is taken back", self.segment.segment_id.hex())
@@ -144,7 +147,7 @@ class Donor:
 
     def on_session(self, *, was_suspended: bool) -> None:
         self._registered.clear()
-        self._demoter.forget()
+        self._forget_orders()
         self._number = 0
         self._is_ahead = False
         if self._term == self._background.term or (self._term and was_suspended):
@@ -175,6 +178,14 @@ class Donor:
         for number, victims in orders.demote:
             if number == self._number and self._state is State.SERVING:
                 self._demoter.ordered(number, victims)
+        for number, source, pulls in orders.pull:
+            if number == self._number and self._state is State.SERVING and self._puller is not None:
+                self._puller.ordered(number, source, pulls)
+
+    def _forget_orders(self) -> None:
+        self._demoter.forget()
+        if self._puller is not None:
+            self._puller.forget()
 
     def _retire(self, number: int, items: list[RetireItem]) -> None:
         for item in items:
@@ -212,6 +223,7 @@ class Donor:
                 attached=attached,
                 remote=announced,
                 spills=self._demoter.spills,
+                pulls=self._puller is not None,
             ),
             self._on_registered,
         )
@@ -298,7 +310,7 @@ class Donor:
         self._state = State.WAITING
 
     def _begin_incarnation(self) -> None:
-        self._demoter.forget()
+        self._forget_orders()
         self.segment.begin_incarnation()
         self._is_ahead = True
         self._client.mappings.adopt(self.segment)

@@ -1,7 +1,8 @@
-"""The records that a donor is to demote, as they are in its segment: what they say, and which of them can be reserved together."""
+"""The records that a donor is to demote, or to pull: what they say, and which of them can be reserved together."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,9 +12,12 @@ import numpy.typing as npt
 
 from vcache.keys import ChunkKey
 from vcache.pool.records import CODEC, EXPIRES, GENERATION, LAYOUT, NBYTES, OFFSET, TENANT, info_of, key_words
-from vcache.protocol import DemoteItem
+from vcache.pool.writing import PendingWrite, begin_write
+from vcache.protocol import DemoteItem, Tier
 
 if TYPE_CHECKING:
+    from vcache.memory.base import WordArray
+    from vcache.pool.client import PoolClient
     from vcache.pool.segment import Segment
 
 _CODEC_MASK = 0xFFFF_FFFF
@@ -51,24 +55,53 @@ def victims_of(segment: Segment, items: Sequence[DemoteItem]) -> list[Victim]:
     for item in items:
         rows, whole = segment.directory.rows(item.record, 1)
         row = rows[0]
-        if whole[0] and int(row[GENERATION]) == item.generation and not int(row[CODEC]) & _CODEC_MASK:
-            info = info_of(item.record, row)
-            found.append(
-                Victim(
-                    item=item,
-                    key=ChunkKey(info.key),
-                    parent=info.parent,
-                    rank=info.rank,
-                    ranks=info.ranks,
-                    tokens=info.tokens,
-                    tenant=int(row[TENANT]),
-                    offset=int(row[OFFSET]),
-                    nbytes=int(row[NBYTES]),
-                    expires_s=int(row[EXPIRES]),
-                    layout=int(row[LAYOUT]),
-                )
-            )
+        if whole[0] and int(row[GENERATION]) == item.generation and is_plain(row):
+            found.append(victim_of(item, row))
     return found
+
+
+def is_plain(row: WordArray) -> bool:
+    """Whether the payload is one that can be copied as it is."""
+    return not int(row[CODEC]) & _CODEC_MASK
+
+
+def victim_of(item: DemoteItem, row: WordArray) -> Victim:
+    """What a whole committed row says."""
+    info = info_of(item.record, row)
+    return Victim(
+        item=item,
+        key=ChunkKey(info.key),
+        parent=info.parent,
+        rank=info.rank,
+        ranks=info.ranks,
+        tokens=info.tokens,
+        tenant=int(row[TENANT]),
+        offset=int(row[OFFSET]),
+        nbytes=int(row[NBYTES]),
+        expires_s=int(row[EXPIRES]),
+        layout=int(row[LAYOUT]),
+    )
+
+
+def begin_copies(
+    client: PoolClient, run: Sequence[Victim], *, into: int = 0, into_tier: Tier | None = None
+) -> PendingWrite:
+    """Reserves space for copies of one of the ``runs_of`` victims, and marks their records; as ``begin_write``."""
+    first = run[0]
+    return begin_write(
+        client,
+        [victim.key for victim in run],
+        parent=first.parent,
+        rank=first.rank,
+        ranks=first.ranks,
+        nbytes=first.nbytes,
+        tokens=first.tokens,
+        tenant=first.tenant,
+        ttl_s=max(1, first.expires_s - int(time.time())) if first.expires_s else 0,
+        layout=first.layout,
+        into=into,
+        into_tier=into_tier,
+    )
 
 
 def still_valid(segment: Segment, victims: Sequence[Victim]) -> npt.NDArray[np.bool_]:

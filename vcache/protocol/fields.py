@@ -48,6 +48,7 @@ class Destination(IntEnum):
 
     DRAM = 0  # a segment of tier DRAM on the same host
     STORE = 1  # the store below the pool
+    PEER = 2  # a segment of another host, whose donor is ordered to pull it; the victim's own donor is not
 
 
 class Outcome(IntEnum):
@@ -149,3 +150,13 @@ class DemoteItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
     record: U32
     generation: U63
     destination: Destination
+
+
+class PullItem(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A committed record of another host's segment whose payload is to be copied into one's own before it goes."""
+
+    record: U32
+    generation: U63
+    key: Key
+    offset: U63
+    nbytes: U63

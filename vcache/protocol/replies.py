@@ -9,6 +9,7 @@ from vcache.protocol.fields import (
     DemoteItem,
     ErrorCode,
     Message,
+    PullItem,
     RetireItem,
     SegmentInfo,
 )
@@ -36,6 +37,8 @@ class Orders(Message, tag=65):
     ]  # segments to register (same incarnation), scan and hand over once more: see RegisterSegment
     #: (segment number, records) for this donor to copy to the tier below, see ``Demoted``.
     demote: list[tuple[int, list[DemoteItem]]]
+    #: (segment number, another host's segment, its records) for this donor to copy into the former, see ``Pulled``.
+    pull: list[tuple[int, SegmentInfo, list[PullItem]]]
 
 
 class Registered(Message, tag=66):

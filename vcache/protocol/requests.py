@@ -89,6 +89,7 @@ class RegisterSegment(Request, tag=4):
     attached: Sessions
     remote: Announced = b""  # said again with another value, readers are told of the new one
     spills: bool = False  # whether its donor writes to the store what it is ordered to
+    pulls: bool = False  # whether its donor copies from other hosts what it is ordered to
 
 
 class Handover(Request, tag=5):
@@ -223,6 +224,19 @@ class Demoted(Request, tag=20):
     failed: Generations
 
 
+class Pulled(Request, tag=21):
+    """A donor carried out an order to pull into its segment ``number`` (one-way, as ``Demoted`` is).
+
+    ``done``: generations, of the sources, whose copy is committed in the segment; ``failed``: those that were no longer there,
+    or for which it has no room. What is in neither was not delivered: it is ordered again with each heartbeat, up to a
+    deadline.
+    """
+
+    number: U32
+    done: Generations
+    failed: Generations
+
+
 AnyRequest = (
     Hello
     | Heartbeat
@@ -244,7 +258,8 @@ AnyRequest = (
     | Clear
     | Stats
     | Demoted
+    | Pulled
 )
 
 #: Requests that never get a reply, not even an error.
-ONE_WAY: Final = (Release, Commit, Abort, Touch, Demoted)
+ONE_WAY: Final = (Release, Commit, Abort, Touch, Demoted, Pulled)
