@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
 import threading
 from collections.abc import Callable
 
 import pytest
 
-from tests.pool.payloads import load, new_keys, store, until, until_serving
+from tests.pool.payloads import load, new_keys, poke, store, until, until_serving
 from tests.pool.test_demotion import counted, fill
 from tests.remote.conftest import Hosts, until_announced
 from tests.remote.stopping_puller import STEPS
+from tests.remote.test_faults import HALTING, is_stopped
 from vcache.config import VCacheConfig
 from vcache.keys import ChunkKey
+from vcache.memory.host import HostMemory
 from vcache.pool.client import PoolClient
+from vcache.pool.donor import Donor
 from vcache.server_query import fetch_stats
 
 SERVER = {
@@ -106,6 +112,45 @@ def test_nothing_is_pulled_where_that_is_switched_off(two, open_client):
     fill(client, 20)
     until(lambda: counted(client, "evicted") > 0, "victims are dropped")
     assert counted(client, "pulled") == 0
+
+
+def test_a_source_overwritten_while_it_is_pulled_is_not_committed(two, open_client, monkeypatch):
+    """Between the payloads' way over the network and their records'."""
+    monkeypatch.setattr("vcache.remote.reader.READING_MODULE", HALTING)
+    both = two()
+    both.donate(near(both), "2MiB")
+    puller = open_client(both.there)
+    segment_id = secrets.token_bytes(16)
+    donor = Donor(both.there, puller, HostMemory.create(puller.runtime, segment_id, 32 << 20), segment_id)
+    try:
+        assert donor.wait_registered(60)
+        until_known(both, open_client)
+        client = open_client(both.here)
+        keys: list[ChunkKey] = []
+
+        def reading_process() -> int:
+            companion = puller.mappings.remote.reader._companion
+            return companion.pid if companion is not None else 0
+
+        def is_halted() -> bool:
+            return bool(reading_process()) and is_stopped(reading_process())
+
+        store_until(client, keys, is_halted, "payloads read, records not yet")
+        there = [key for key in keys if client.lookup(key).hits]
+        for key in there:
+            (row,) = client.acquire(key, 0).placements
+            use = client.segment(int(row["segment"]))
+            assert use.segment.retire(int(row["record"]), int(row["generation"]))  # as if its lease had run out
+            poke(use.segment, int(row["offset"]), bytes(int(row["nbytes"])))
+            use.release()
+        os.kill(reading_process(), signal.SIGCONT)
+        until(lambda: counted(client, "demotion_failed") > 0, "it is found out")
+        assert counted(client, "pulled") == 0
+        assert not list(donor.segment.scan()), "nothing of it was even reserved"
+    finally:
+        if reading_process():
+            os.kill(reading_process(), signal.SIGCONT)
+        donor.close(1.0)
 
 
 def store_until(client: PoolClient, keys: list[ChunkKey], condition: Callable[[], bool], what: str) -> None:
