@@ -86,8 +86,8 @@ class PagedKV:
         #: What determines the order of bytes in a payload, independent of addresses and ``num_blocks``. Two caches may
         #: share payloads only if theirs are equal, so it belongs in the model's fingerprint.
         self.layout: str = _layout(named, axes)
-        #: 64 bits that tell apart payloads whose planes divide them differently; never 0. Stands in every record.
-        self.payload_layout: int = _payload_layout(self.planes)
+        #: 64 bits of it, never 0: stands in every record, so that caches of equal models but other tensors share nothing.
+        self.payload_layout: int = _payload_layout(self.layout)
 
     def payload_bytes(self, blocks_per_chunk: int) -> int:
         """Bytes of a payload of so many blocks."""
@@ -212,9 +212,8 @@ def _regular_until(mapped: Sequence[tuple[torch.Tensor, Plane]], start: int) -> 
     return end
 
 
-def _payload_layout(planes: Sequence[Plane]) -> int:
-    sizes = b"".join(plane.block_bytes.to_bytes(8, "little") for plane in planes)
-    return int.from_bytes(hashlib.sha256(b"vcache/payload-layout/1" + sizes).digest()[:8], "little") or 1
+def _payload_layout(layout: str) -> int:
+    return int.from_bytes(hashlib.sha256(b"vcache/payload-layout/2" + layout.encode()).digest()[:8], "little") or 1
 
 
 def _layout(named: Sequence[NamedTensor], axes: Sequence[int]) -> str:

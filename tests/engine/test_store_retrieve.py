@@ -218,11 +218,19 @@ def test_chunks_are_moved_by_key_and_block(pool, open_engine):
     assert wrong_blocks(wanted, TOKENS, THERE, [False] * 8 + [True] * 24) == []
 
 
-def test_tensors_of_another_form_are_a_miss_although_the_models_are_described_alike(engine):
+OTHER_FORMS = {
+    "keys before values": lambda kv: torch.zeros(2, 64, *kv.shape[2:]).to(kv),
+    "heads before tokens": lambda kv: torch.zeros(64, 2, kv.shape[3], kv.shape[2], kv.shape[4]).to(kv),
+    "transposed in memory": lambda kv: torch.zeros_like(kv).transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_tensors_of_another_form_are_a_miss_although_the_models_are_described_alike(engine, form):
     store(engine)
-    halves = {name: torch.zeros(2, 64, *tensor.shape[2:]).to(tensor) for name, tensor in new_tensors(64).items()}
-    result = engine.retrieve(TOKENS, kvcaches=halves, slot_mapping=slots_of(THERE))
+    others = {name: OTHER_FORMS[form](tensor) for name, tensor in new_tensors(64).items()}
+    result = engine.retrieve(TOKENS, kvcaches=others, slot_mapping=slots_of(THERE))
     assert not result.any()
-    assert not any(tensor.any() for tensor in halves.values())
+    assert not any(tensor.any() for tensor in others.values())
     assert engine.get_stats()["client_misfit_hits"] == 4
     retrieve(engine, expect=loaded(32, 32))
