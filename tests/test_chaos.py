@@ -48,13 +48,13 @@ def harm_and_check(
         error.add_note("\n".join([*monkey.log, *(child.report()[-3000:] for child in pool.children)]))
         raise
     print(monkey.log, {count.name: pool.board.total(count) for count in Count})
-    for count in (Count.STORED, Count.VERIFIED, Count.REMOVED):
-        assert pool.board.total(count), f"the run shows nothing: {count.name} is 0"
 
 
 def check_that_it_works_again(pool: Pool) -> None:
     """Server, donors and workers find each other again, and every worker can store and read."""
     pool.until(lambda: serving(pool), "the donors' segments serve, and no others are left")
+    shown = (Count.STORED, Count.VERIFIED, Count.REMOVED)
+    pool.until(lambda: all(map(pool.board.total, shown)), "the workers have stored, verified and removed something")
     for worker in pool.workers:
         worker.tell("pause")
     for worker in pool.workers:
