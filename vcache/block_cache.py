@@ -257,8 +257,8 @@ class BlockCache:
         return is_told and is_written
 
     def _run_below(self, operation: str, keys: Sequence[ChunkKey]) -> int:
-        below = self._below
-        return self._shielded(operation, lambda: below.run(keys), 0) if below is not None and keys else 0
+        below = self._below if keys else None
+        return self._shielded(operation, lambda: below.run(keys), 0) if below and below.store.available else 0
 
     def _was_hit(self, retrieve: PendingRetrieve, pool: int, below: int) -> None:
         """Makes known to the write policy and to promotion what was loaded: ``pool`` chunks, then ``below`` from the store."""
