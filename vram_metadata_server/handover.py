@@ -16,6 +16,7 @@ from vcache import protocol
 from vcache.protocol import KEY_BYTES, ErrorCode, RecordInfo, SegmentInfo
 from vram_metadata_server.allocator import ALIGNMENT, OverlapError
 from vram_metadata_server.catalog import Catalog
+from vram_metadata_server.claims import Claims
 from vram_metadata_server.members import SEGMENTS_PER_SESSION, Members, Session
 from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.removal import Removal
@@ -50,6 +51,7 @@ class Registrar:
         self._next_number = 1
         self.gated: dict[int, Segment] = {}
         self.removed = RemovedInTerm()
+        self._claims = Claims(catalog, writes, self.removed)
 
     # --- register -------------------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class Registrar:
         catalog.counters["segments_registered"] += 1
         donor.segments.add(segment.number)
         for claim in list(catalog.reservations.of_segment(request.segment_id).values()):
-            self._attach(claim, segment)
+            self._claims.attach(claim, segment)
         log.info(
             "segment %d %s (%s, %d bytes) registered by %s; waiting for its records and %d writers",
             segment.number, request.segment_id.hex(), request.device, request.nbytes, donor.name, len(waiting),
@@ -146,84 +148,11 @@ class Registrar:
     def hello(self, session: Session, outstanding: list[protocol.Reservation]) -> None:
         """*hello*: what the writer holds of earlier terms is nobody else's; gates wait for it no longer."""
         for said in outstanding:
-            if said.generation >= MAX_GENERATION:
-                log.error("%s claims the impossible generation %d", session.name, said.generation)
-                continue
-            self._writes.saw_generation(said.generation)
-            known = self._catalog.reservations.get(said.generation)
-            if known is None:
-                self._claim(session, said)
-            elif known.session == NOBODY:
-                self._claim_found(session, said, known)
+            self._claims.take(session, said, self._by_id.get(said.segment_id))
         for segment in list(self.gated.values()):
             assert segment.gate is not None
             segment.gate.waiting.discard(session.id)
             self.open_if_ready(segment)
-
-    def _claim_found(self, session: Session, said: protocol.Reservation, found: Reservation) -> None:
-        """The writing record that a handover brought has an owner now."""
-        reservations = self._catalog.reservations
-        reservations.settle(found)
-        found.session, found.ttl_s, found.is_copy = session.id, said.ttl_s, said.is_copy
-        reservations.add(found)
-        self._revive(found)
-
-    def _claim(self, session: Session, said: protocol.Reservation) -> None:
-        claim = Reservation(
-            generation=said.generation,
-            session=session.id,
-            key=said.key,
-            parent=said.parent,
-            tenant=said.tenant,
-            rank=said.rank,
-            ranks=said.ranks,
-            segment=None,
-            segment_id=said.segment_id,
-            incarnation=said.incarnation,
-            record=said.record,
-            offset=said.offset,
-            nbytes=said.nbytes,
-            ttl_s=said.ttl_s,
-            pin_s=0.0,
-            deadline=0.0,
-            live=False,
-            is_copy=said.is_copy,
-        )
-        segment = self._by_id.get(said.segment_id)
-        if segment is None:
-            self._catalog.reservations.add(claim)
-        elif segment.gate is not None:
-            holder = segment.holder(said.record)
-            if said.generation in segment.gate.retired or (holder and holder.generation == said.generation):
-                return  # memory said that it was committed: its writer has stopped
-            self._catalog.reservations.add(claim)
-            self._attach(claim, segment)
-        # else: the gate is open, so all that were attached have been heard of, and this one claims what is not its own
-
-    def _attach(self, claim: Reservation, segment: Segment) -> None:
-        """The claim's segment has registered: record and extent are held for it."""
-        if segment.holder(claim.record) is not None or not _is_inside(
-            segment, claim.record, claim.offset, claim.nbytes
-        ):
-            log.error("a claim on record %d of segment %d contradicts it", claim.record, segment.number)
-            return
-        claim.segment = segment
-        segment.occupy(claim.record, claim)
-        if claim.incarnation == segment.info.incarnation:
-            self._revive(claim)
-
-    def _revive(self, claim: Reservation) -> None:
-        """The writer may still commit, if nobody else writes this shard, and what it may be a copy of was not removed."""
-        catalog = self._catalog
-        if claim.is_copy and self.removed.covers(claim.key, claim.tenant, claim.generation):
-            return
-        if (
-            claim.rank < claim.ranks
-            and catalog.fits(claim.key, claim.ranks)
-            and catalog.reservations.live(claim.key, claim.rank) is None
-        ):
-            catalog.reservations.revive(claim, catalog.now + catalog.settings.reservation_s)
-            catalog.index.add_child(claim.parent)
 
     # --- handover -------------------------------------------------------------------------------------------------
 
@@ -252,7 +181,7 @@ class Registrar:
         if item.generation >= MAX_GENERATION:
             raise ContradictionError(f"record {item.record}: the impossible generation {item.generation}")
         self._writes.saw_generation(item.generation)
-        if not _is_inside(segment, item.record, item.offset, item.nbytes):
+        if not segment.has_place(item.record, item.offset, item.nbytes):
             raise ContradictionError(f"record {item.record}: an extent at {item.offset} of {item.nbytes} bytes")
         committed = (item.generation + 1) & ~1
         if segment.gate is not None and committed in segment.gate.retired:
@@ -405,13 +334,3 @@ class Registrar:
         log.error("segment %d is not to be trusted: %s", segment.number, why)
         self._catalog.counters["segments_corrupt"] += 1
         self.drop(segment, "corrupt")
-
-
-def _is_inside(segment: Segment, record: int, offset: int, nbytes: int) -> bool:
-    return (
-        record < segment.record_count
-        and nbytes > 0
-        and offset % ALIGNMENT == 0
-        and segment.data_offset <= offset
-        and offset + nbytes <= segment.info.nbytes
-    )

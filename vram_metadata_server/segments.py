@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from vcache.protocol import DemoteItem, Destination, PullItem, RetireItem, SegmentInfo
-from vram_metadata_server.allocator import ExtentAllocator, round_up
+from vram_metadata_server.allocator import ALIGNMENT, ExtentAllocator, round_up
 from vram_metadata_server.index import Placement
 from vram_metadata_server.reservations import Reservation
 
@@ -156,6 +156,16 @@ class Segment:
     def staying_records(self) -> int:
         """``kept_records`` without those that are being demoted."""
         return self.kept_records - len(self.demoting)
+
+    def has_place(self, record: int, offset: int, nbytes: int) -> bool:
+        """Whether there can be such a record with such an extent."""
+        return (
+            record < self.record_count
+            and nbytes > 0
+            and offset % ALIGNMENT == 0
+            and self.data_offset <= offset
+            and offset + nbytes <= self.info.nbytes
+        )
 
     def holder(self, record: int) -> Holder | None:
         return self.records[record] if record < len(self.records) else None
