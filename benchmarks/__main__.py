@@ -17,7 +17,19 @@ from benchmarks.measure import Effort, Result
 from benchmarks.report import as_markdown, show, write_json
 
 #: In the order of the table: a module of this package each, with ``run(effort) -> list[Result]``.
-BENCHMARKS = ("pool", "store", "remote", "lookup", "server", "evict", "replay", "scale", "copies", "scheduler", "serving")
+BENCHMARKS = (
+    "pool",
+    "store",
+    "remote",
+    "lookup",
+    "server",
+    "evict",
+    "replay",
+    "scale",
+    "copies",
+    "scheduler",
+    "serving",
+)
 #: Columns of the table where no terminal says how wide it is.
 PLAIN_WIDTH = 160
 

@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 
-from vcache.pool.records import RECORD_BYTES
-from vcache.pool.segment import PAGE_BYTES
-from vcache.remote import reading_process
-from vcache.remote.mooncake import MooncakeEngine
+# Before any thread is started, by an import too: then all have it blocked, and who waits for it gets it. It resumes nevertheless.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+
+from vcache.pool.records import RECORD_BYTES  # noqa: E402
+from vcache.pool.segment import PAGE_BYTES  # noqa: E402
+from vcache.remote import reading_process  # noqa: E402
+from vcache.remote.mooncake import MooncakeEngine  # noqa: E402
 
 _read = MooncakeEngine.read
 
@@ -18,6 +21,7 @@ def _read_and_stop(self, peer, pieces):
     is_done = _read(self, peer, pieces)
     if pieces[0].nbytes not in (RECORD_BYTES, PAGE_BYTES):  # neither records nor a header
         os.kill(os.getpid(), signal.SIGSTOP)
+        signal.sigwait({signal.SIGCONT})  # the process stops a moment after the call
     return is_done
 
 

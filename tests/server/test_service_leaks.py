@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import tracemalloc
 from collections.abc import Iterator
 
@@ -16,7 +17,9 @@ from vcache import protocol
 def _no_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
+    logging.disable()  # else pytest keeps what is logged, and what that names
     yield
+    logging.disable(logging.NOTSET)
     gc.enable()
 
 
