@@ -6,6 +6,8 @@ BIN := .venv/bin
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
+# Traces for the replay benchmark, where there are any; without, a generated one is replayed.
+TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 # Half of what tests do is wait for other processes. Serving engines do not, and run one after the other.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
