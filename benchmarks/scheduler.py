@@ -7,8 +7,9 @@ cache): from the request to the number of tokens that can be loaded, leased. Bes
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import count
-from typing import Any, Final
+from typing import Final
 
 import zmq
 from vcache_vllm.counters import ConnectorCounters
@@ -90,7 +91,7 @@ def _look_up(side: SchedulerSide, requests: list[Request]) -> float:
     return seconds / CALLS * 1e6
 
 
-def _requests() -> Any:
+def _requests() -> Iterator[Request]:
     """One request after the other for the same prompt, hashed by vLLM."""
     hash_function = get_hash_fn_by_name(HASH)
     init_none_hash(hash_function)

@@ -98,10 +98,10 @@ class Demotions:
         last = [first for first in entry.shards if first is not None]
         if victim in last and all(first.segment.spills and first.segment.is_readable for first in last):
             self._begin(entry, last, Destination.STORE)
-        elif (puller := self._puller_of(victim)) is not None:
-            left = [
-                each for each in entry.placements() if _is_beside(each, victim) and not _has_copy(each, on_host=False)
-            ]
+            return
+        left = [each for each in entry.placements() if _is_beside(each, victim) and not _has_copy(each, on_host=False)]
+        puller = self._puller_of(left) if victim in left else None
+        if puller is not None:
             self._begin(entry, left, Destination.PEER, puller)
         else:
             self._drop(victim)
@@ -234,20 +234,15 @@ class Demotions:
             self._catalog.pressure.nudge(below[0], nbytes)
         return bool(below)
 
-    def _puller_of(self, victim: Placement) -> Segment | None:
-        """A segment of another host that has room for what of the victim's chunk lies beside it; of these the emptiest, in VRAM if there is one.
+    def _puller_of(self, going: list[Placement]) -> Segment | None:
+        """A segment of another host that has room for them; of these the emptiest, in VRAM if there is one.
 
         It stays below its low watermark: what is pulled never pushes anything out.
         """
         catalog = self._catalog
-        host, tier = victim.segment.info.host, victim.segment.info.tier
-        if not catalog.settings.pull or tier is not Tier.VRAM or _has_copy(victim, on_host=False):
+        host, tier = going[0].segment.info.host, going[0].segment.info.tier
+        if not catalog.settings.pull or tier is not Tier.VRAM:
             return None
-        going = [
-            each
-            for each in victim.entry.placements()
-            if _is_beside(each, victim) and not _has_copy(each, on_host=False)
-        ]
         if not all(each.segment.info.remote for each in going):
             return None  # nobody can read it
         sizes = [each.extent[1] for each in going]

@@ -10,14 +10,12 @@ memory is copied without torch, which a stand-alone donor otherwise never loads.
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from vcache.failures import FailureLog
-from vcache.memory.copying import aside, copy_between
+from vcache.memory.copying import copy_between
+from vcache.pool.order_queue import OrderQueue
 from vcache.pool.spilling import Spiller
 from vcache.pool.victims import Victim, begin_copies, runs_of, still_valid, victims_of
 from vcache.pool.writing import PendingWrite
@@ -27,13 +25,6 @@ if TYPE_CHECKING:
     from vcache.memory.base import IndexArray
     from vcache.pool.client import PoolClient
     from vcache.pool.segment import Segment
-
-logger = logging.getLogger(__name__)
-
-#: Victims dealt with before the server is told of them.
-_BATCH: Final = 32
-#: Before what found no room below is tried again: the server makes some meanwhile.
-_RETRY_S: Final = 0.05
 
 
 @dataclass
@@ -46,20 +37,14 @@ class _Told:
 
 
 class Demoter:
-    """Owns one daemon thread, started by the first order. Thread-safe; never raises on the caller's side."""
+    """Thread-safe; never raises on the caller's side."""
 
     def __init__(self, client: PoolClient, segment: Segment, *, spiller: Spiller | None) -> None:
         """``spiller``: its way to the store, if it writes there; closed with this."""
         self._client = client
         self._segment = segment
         self._spiller = spiller
-        self._failures = FailureLog(logger)
-        self._changed = threading.Condition()
-        self._number = 0
-        self._waiting: dict[int, DemoteItem] = {}  # by generation
-        self._busy: frozenset[int] = frozenset()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._queue = OrderQueue[DemoteItem]("demote", segment.memory, self._demote)
 
     @property
     def spills(self) -> bool:
@@ -68,68 +53,21 @@ class Demoter:
 
     def ordered(self, number: int, items: Sequence[DemoteItem]) -> None:
         """Takes orders for the segment, which has this number now; those known already are no others."""
-        with self._changed:
-            if self._closed:
-                return
-            self._number = number
-            self._waiting |= {item.generation: item for item in items if item.generation not in self._busy}
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="vcache-demotion", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+        self._queue.put(number, items)
 
     def forget(self) -> None:
         """The segment begins another life, or another server's: what was ordered is ordered no more."""
-        with self._changed:
-            self._waiting.clear()
+        self._queue.forget()
 
     def close(self, timeout_s: float) -> bool:
         """Ends after what is being copied now; whether that came in time. Harmless when repeated."""
-        with self._changed:
-            self._closed = True
-            self._waiting.clear()
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                return False
+        if not self._queue.close(timeout_s):
+            return False
         if self._spiller is not None:
             self._spiller.close(timeout_s)
         return True
 
-    # --- the thread -----------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        with aside(self._segment.memory):
-            self._work()
-
-    def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            number, items = batch
-            again: Sequence[DemoteItem] = ()
-            try:
-                again = self._demote(number, items)
-            except Exception as error:  # the server orders them again, or gives them up
-                self._failures.record("demote", error)
-            if again:
-                self._wait_for_room(again)
-
-    def _next(self) -> tuple[int, list[DemoteItem]] | None:
-        with self._changed:
-            self._busy = frozenset()
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                return None
-            items = list(self._waiting.values())[:_BATCH]
-            self._busy = frozenset(item.generation for item in items)
-            for generation in self._busy:
-                del self._waiting[generation]
-            return self._number, items
-
-    def _wait_for_room(self, items: Sequence[DemoteItem]) -> None:
-        with self._changed:
-            self._waiting |= {item.generation: item for item in items}
-            self._changed.wait_for(lambda: self._closed, _RETRY_S)
+    # --- in the queue's thread ------------------------------------------------------------------------------------
 
     def _demote(self, number: int, items: Sequence[DemoteItem]) -> list[DemoteItem]:
         """Carries out a batch, and tells the server; answers what is to be tried again."""

@@ -10,16 +10,13 @@ What another host does not deliver is left: the server orders it again with each
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vcache.failures import FailureLog
-from vcache.memory.copying import aside
+from vcache.pool.order_queue import OrderQueue
 from vcache.pool.records import hold, key_words
 from vcache.pool.session import PLACEMENT_DTYPE, PlacementArray
 from vcache.pool.victims import Victim, begin_copies, is_plain, runs_of, victim_of
@@ -33,11 +30,6 @@ if TYPE_CHECKING:
     from vcache.remote.fetch import Batch
     from vcache.remote.segments import RemoteSegment, RemoteSegments
 
-logger = logging.getLogger(__name__)
-
-#: Records pulled before the server is told of them.
-_BATCH: Final = 32
-
 
 def open_puller(client: PoolClient, segment: Segment) -> Puller | None:
     """For a donor that can read from other hosts, and write; ``None`` for others."""
@@ -46,8 +38,12 @@ def open_puller(client: PoolClient, segment: Segment) -> Puller | None:
 
 
 class _Order(NamedTuple):
-    source: SegmentInfo
+    source: SegmentInfo  # as the order said that it is read
     item: PullItem
+
+    @property
+    def generation(self) -> int:
+        return self.item.generation
 
 
 class _Told:
@@ -59,79 +55,33 @@ class _Told:
 
 
 class Puller:
-    """Owns one daemon thread, started by the first order. Thread-safe; never raises on the caller's side."""
+    """Thread-safe; never raises on the caller's side."""
 
     def __init__(self, client: PoolClient, segment: Segment, remote: RemoteSegments) -> None:
         self._client = client
-        self._segment = segment
         self._remote = remote
-        self._failures = FailureLog(logger)
-        self._changed = threading.Condition()
-        self._number = 0
-        self._waiting: dict[int, _Order] = {}  # by generation
-        self._busy: frozenset[int] = frozenset()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._queue = OrderQueue[_Order]("pull", segment.memory, self._pull, lambda order: order.source.number)
 
     def ordered(self, number: int, source: SegmentInfo, items: Iterable[PullItem]) -> None:
         """Takes orders for the segment, which has this number now; those known already are no others."""
-        with self._changed:
-            if self._closed:
-                return
-            self._number = number
-            self._waiting |= {
-                item.generation: _Order(source, item) for item in items if item.generation not in self._busy
-            }
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="vcache-pull", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+        self._queue.put(number, [_Order(source, item) for item in items])
 
     def forget(self) -> None:
         """The segment begins another life, or another server's: what was ordered is ordered no more."""
-        with self._changed:
-            self._waiting.clear()
+        self._queue.forget()
 
     def close(self, timeout_s: float) -> bool:
         """Ends after what is being copied now; whether that came in time. Harmless when repeated."""
-        with self._changed:
-            self._closed = True
-            self._waiting.clear()
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        return self._thread is None or not self._thread.is_alive()
+        return self._queue.close(timeout_s)
 
-    # --- the thread -----------------------------------------------------------------------------------------------
+    # --- in the queue's thread ------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        with aside(self._segment.memory):
-            while (batch := self._next()) is not None:
-                number, source, items = batch
-                try:
-                    self._pull(number, source, items)
-                except Exception as error:  # the server orders them again, or gives them up
-                    self._failures.record("pull", error)
-
-    def _next(self) -> tuple[int, SegmentInfo, list[PullItem]] | None:
-        """A few orders that have their source in common."""
-        with self._changed:
-            self._busy = frozenset()
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                return None
-            source = next(iter(self._waiting.values())).source
-            items = [order.item for order in self._waiting.values() if order.source.number == source.number][:_BATCH]
-            self._busy = frozenset(item.generation for item in items)
-            for generation in self._busy:
-                del self._waiting[generation]
-            return self._number, source, items
-
-    def _pull(self, number: int, source: SegmentInfo, items: Sequence[PullItem]) -> None:
-        """Copies what the source delivers, and tells the server."""
+    def _pull(self, number: int, orders: Sequence[_Order]) -> Sequence[_Order]:
+        """Copies what the source that they have in common delivers, and tells the server, which orders the rest again."""
+        source, items = orders[0].source, [order.item for order in orders]
         opened = self._client.mappings.use_remote([source])
         if source.number not in opened:
-            return
+            return ()
         told = _Told()
         told.failed = {item.generation for item in items if not _lies_in(opened[source.number], item)}
         items = [item for item in items if item.generation not in told.failed]
@@ -142,6 +92,7 @@ class Puller:
                     self._write(number, [items[chunk] for chunk in batch.chunks.tolist()], batch, told)
         if told.done or told.failed:
             self._client.pulled(number, sorted(told.done), sorted(told.failed))
+        return ()
 
     def _write(self, number: int, items: Sequence[PullItem], batch: Batch, told: _Told) -> None:
         """Writes what lies in staging memory, as far as the records that were read after it prove it."""
