@@ -67,13 +67,15 @@ class BlockCache:
         self._in_flight = InFlight()
         self._failures = FailureLog(logger)
 
-    def lookup(self, keys: Sequence[ChunkKey], *, lease_s: float = 0.0, pin_s: float = 0.0) -> KeyHits:
+    def lookup(
+        self, keys: Sequence[ChunkKey], *, lease_s: float = 0.0, waits: bool = True, pin_s: float = 0.0
+    ) -> KeyHits:
         """The leading run of ``keys`` with all ranks' shards: in the pool, then going on in the store.
 
-        A lease covers at most the first ``MAX_KEYS_PER_CALL`` chunks.
+        A lease covers at most the first ``MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
         """
         started = time.perf_counter()
-        pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s), (0, 0))
+        pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
         if pin_s and pool:
             self.pin(keys[:pool], pin_s)
         store = self._run_below("lookup", keys[pool:])
@@ -188,8 +190,8 @@ class BlockCache:
     ) -> PrefetchHandle:
         """Begins to bring into the pool what the store has of ``keys`` after the pool's run, for tensors like ``kv``."""
         keys = list(keys)
-        handle = PrefetchHandle(lambda: self._shielded("prefetch", lambda: self._lookup_pool(keys, 0.0)[0], 0))
-        pool = self._shielded("prefetch", lambda: self._lookup_pool(keys, 0.0)[0], len(keys))
+        handle = PrefetchHandle(lambda: self._shielded("prefetch", lambda: self._lookup_pool(keys)[0], 0))
+        pool = self._shielded("prefetch", lambda: self._lookup_pool(keys)[0], len(keys))
         if self._promotion is None or self._below is None or pool == len(keys):
             handle.end()
         else:
@@ -308,10 +310,10 @@ class BlockCache:
             unbroken = unbroken and valid == read.hits
         return loaded, invalid, moved
 
-    def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float) -> tuple[int, int]:
+    def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> tuple[int, int]:
         hits = lease = 0
         for part in _parts(keys):
-            found = self._client.lookup(b"".join(part), 0.0 if hits else lease_s)
+            found = self._client.lookup(b"".join(part), 0.0 if hits else lease_s, waits=waits)
             hits += found.hits
             lease = lease or found.lease
             if found.hits < len(part):

@@ -261,10 +261,15 @@ class VCacheEngine:
             extra_keys=extra_keys,
         )
 
-    def lookup_keys(self, keys: Sequence[ChunkKey], lease_s: float = 0.0) -> KeyHits:
-        """As ``lookup``; with ``lease_s`` those in the pool cannot be evicted for so long (``release`` ends it)."""
+    def lookup_keys(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> KeyHits:
+        """As ``lookup``; with ``lease_s`` those in the pool cannot be evicted for so long (``release`` ends it).
+
+        waits: for the server to grant the lease. Otherwise, where the server is on this host, what is there is read from shared
+            memory and the lease asked for behind it: no round trip, and what is evicted before the server reads of it is a
+            miss of whoever loads it.
+        """
         check_keys("keys", keys)
-        return self._cache.lookup(keys, lease_s=checked_seconds("lease_s", lease_s))
+        return self._cache.lookup(keys, lease_s=checked_seconds("lease_s", lease_s), waits=waits)
 
     def release(self, lease: int) -> None:
         """Ends a lease of ``lookup_keys``. Asynchronous; 0 and leases that ran out are harmless."""

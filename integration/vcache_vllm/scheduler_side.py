@@ -1,7 +1,8 @@
 """The connector in vLLM's scheduler: what a prompt finds in the pool, and which chunks the worker is to load and to store.
 
-No GPU is touched here and no request waits: a lookup is one round trip with a deadline. What the scheduler believes of the
-pool is only ever a hint, the worker finds out what is true when it loads.
+No GPU is touched here and no request waits: a lookup reads the server's index in shared memory, or, where the server is on
+another host, is one round trip with a deadline. What the scheduler believes of the pool is only ever a hint, the worker finds
+out what is true when it loads.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ class SchedulerSide:
             return
         self._release(prompt)
         started = time.perf_counter()
-        found = self._engine.lookup_keys(prompt.keys, lease_s=self._rules.lease_s)
+        found = self._engine.lookup_keys(prompt.keys, lease_s=self._rules.lease_s, waits=False)
         self._counters.add(lookups=1, lookup_seconds=time.perf_counter() - started)
         prompt.hits, prompt.lease, prompt.valid_until = found.hits, found.lease, now + self._valid_s
         if self._events is not None:

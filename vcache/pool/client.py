@@ -139,17 +139,18 @@ class PoolClient:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def lookup(self, keys: bytes, lease_s: float = 0) -> Hits:
+    def lookup(self, keys: bytes, lease_s: float = 0, *, waits: bool = True) -> Hits:
         """The leading run of ``keys`` (16 bytes each, joined) that is present; leased for ``lease_s`` if positive.
 
         The lease, if any, is the caller's to ``release``. No hits when the server is unavailable.
 
-        Without a lease it is read from shared memory where the server is on this host: the same answer, up to what is on its
-        way to the server from other clients, and no use for eviction.
+        Where the server is on this host, and no lease is wanted or it is not waited for (``waits``), the run is read from
+        shared memory: the same answer, up to what is on its way to the server. Then only what is leased counts as used. Between
+        such an answer and the lease asked for behind it a chunk can still be evicted, which whoever loads it finds out.
         """
         _check_keys(keys)
-        if not lease_s:
-            found = self._lookup_index(keys)
+        if not (lease_s and waits):
+            found = self._lookup_index(keys, lease_s)
             if found is not None:
                 return found
         self.count("server_lookups")
@@ -174,12 +175,18 @@ class PoolClient:
         )
 
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
-        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits."""
-        if lease and self.session.released(lease):
+        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits.
+
+        One that was asked for and not granted yet is given back when the reply is read, or ends by its deadline.
+        """
+        if lease < 0 and os.getpid() == self._pid:
+            self._calls.hear()
+        named = self.session.released(lease) if lease else 0
+        if named:
             verdict = list(invalid)
             self._tell(
                 OneWay(
-                    lambda id_, session, term: protocol.Release(id_, session, term, lease, verdict),
+                    lambda id_, session, term: protocol.Release(id_, session, term, named, verdict),
                     is_seen=bool(verdict),  # what did not validate is dropped
                 )
             )
@@ -338,7 +345,7 @@ class PoolClient:
     def _is_over(self) -> bool:
         return self._closed or os.getpid() != self._pid
 
-    def _lookup_index(self, keys: bytes) -> Hits | None:
+    def _lookup_index(self, keys: bytes, lease_s: float) -> Hits | None:
         if self._index is None or not self.available or not self._calls.is_seen:
             return None
         session = self.session
@@ -347,7 +354,13 @@ class PoolClient:
         if hits is None:
             return None
         self.count("index_lookups")
-        return Hits(0, term, hits, 0)
+        lease = 0
+        if hits and lease_s:
+            keys = keys[: KEY_BYTES * hits]
+            lease = self._calls.ask_for_lease(
+                lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s)
+            )
+        return Hits(0, term, hits, lease)
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None

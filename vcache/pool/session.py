@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vcache.protocol import KEY_BYTES, Grants, Outcome, Placements, Reservation, Reserve, SegmentInfo, Welcome
+from vcache.protocol import KEY_BYTES, Grants, Hits, Outcome, Placements, Reservation, Reserve, SegmentInfo, Welcome
 
 PLACEMENT_DTYPE: Final = np.dtype(
     [("segment", "<u4"), ("record", "<u4"), ("generation", "<u8"), ("offset", "<u8"), ("nbytes", "<u8")]
@@ -57,7 +57,7 @@ class _Held:
 
     outstanding: dict[int, Reservation] = field(default_factory=dict)
     untold: set[int] = field(default_factory=set)
-    leases: set[int] = field(default_factory=set)
+    leases: dict[int, int] = field(default_factory=dict)  # by what the caller calls it; 0: asked for, not told yet
     seen: int = 0
 
 
@@ -134,7 +134,7 @@ class Session:
         with self._lock:
             if not term or term != self.term:
                 return False
-            self._held.leases.add(lease)
+            self._held.leases[lease] = lease
             return True
 
     def acquired(self, reply: Placements) -> Acquired | None:
@@ -143,18 +143,29 @@ class Session:
             if not reply.term or reply.term != self.term:
                 return None
             if reply.lease:
-                self._held.leases.add(reply.lease)
+                self._held.leases[reply.lease] = reply.lease
             self._learn(reply.segments)
             placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
             return Acquired(reply.lease, placements, self._named(placements))
 
-    def released(self, lease: int) -> bool:
-        """Whether it was held in this term, and so is to be given back."""
+    def promised(self, request_id: int) -> int:
+        """What the lease is called that this request asks for, before its reply has come."""
         with self._lock:
-            if lease not in self._held.leases:
+            self._held.leases[-request_id] = 0
+        return -request_id
+
+    def kept(self, reply: Hits) -> bool:
+        """The reply to a request whose lease was promised: whether somebody still wants it."""
+        with self._lock:
+            if reply.term != self.term or -reply.id not in self._held.leases:
                 return False
-            self._held.leases.discard(lease)
+            self._held.leases[-reply.id] = reply.lease
             return True
+
+    def released(self, lease: int) -> int:
+        """The server's name of the lease if it was held in this term and so is to be given back, else 0."""
+        with self._lock:
+            return self._held.leases.pop(lease, 0)
 
     # --- grants and evidence --------------------------------------------------------------------------------------
 
