@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -29,6 +30,8 @@ _KEY: Final = np.dtype((np.void, KEY_BYTES))
 _MASK_DOMAIN: Final = b"vcache/vllm-block-hash/1"
 #: vLLM's names of hashes that do not collide, and that start from the same value in every process unless told otherwise.
 _STABLE_HASHES: Final = ("sha256", "sha256_cbor")
+#: Pairs of adapter and salt, whose part in the keys is computed once.
+MASKS_KEPT: Final = 1024
 
 
 class Undescribed(Exception):  # noqa: N818 - not an error: such a request is served without the pool
@@ -74,6 +77,7 @@ class KeySource:
         self._model = model
         self._fingerprint = model.fingerprint()
         self._adapters: dict[tuple[str, int], str] = {}
+        self._mask = lru_cache(MASKS_KEPT)(self._mask_of)
         self.from_hashes = hash_name in _STABLE_HASHES
         if not self.from_hashes:
             logger.warning(
@@ -107,7 +111,7 @@ class KeySource:
         logger.warning("vLLM's block hashes are not one per block of %d tokens: unused", self._model.block_size)
         return False
 
-    def _mask(self, adapter: str, salt: str) -> bytes:
+    def _mask_of(self, adapter: str, salt: str) -> bytes:
         digest = hashlib.sha256(_MASK_DOMAIN)
         # NONE_HASH follows from PYTHONHASHSEED; engines that have set it differently share nothing.
         for field in (

@@ -254,7 +254,9 @@ class Calls:
                     is_sent = True
                 except zmq.Again:
                     self._count("unsent_messages")
-            if is_sent or not message.is_commit:  # an abort tells itself: no heartbeat names the grant any more
+            if message.settles and (
+                is_sent or not message.is_commit
+            ):  # an abort tells itself: no heartbeat names the grant any more
                 self._session.settled(message.settles)
 
     # --- without it -----------------------------------------------------------------------------------------------
