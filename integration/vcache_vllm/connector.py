@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -51,8 +52,10 @@ logger: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class VCacheConnector(KVConnectorBase_V1):
+class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads prefixes from the pool before vLLM computes them, and stores the prompts' chunks that it computes.
+
+    vLLM may keep its hybrid KV cache manager on beside it; what that makes several groups of is declined.
 
     Raises ``ConfigError`` from its constructor when an option in ``kv_connector_extra_config`` is wrong.
     """
@@ -213,7 +216,9 @@ class VCacheConnector(KVConnectorBase_V1):
         invalid = connector_output.invalid_block_ids
         self._shielded("update_connector_output", None, lambda: scheduler.step_done(report, invalid, self._evict))
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Never holds back blocks: what is being stored has left them."""
         scheduler = self._scheduler
         if scheduler is not None:

@@ -35,13 +35,13 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
             return f"{name} = {getattr(parallel, name)} divides a block among ranks; only 1 is supported yet"
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
-        return f"the model has {len(groups)} KV cache groups; only models with one are supported yet"
+        return (
+            f"vLLM's hybrid KV cache manager keeps {len(groups)} groups of layers apart; with "
+            "--disable-hybrid-kv-cache-manager there is one, if all layers are attention"
+        )
     for spec in layer_specs(groups[0]):
         if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
             return f"a layer's KV is of the kind {type(spec).__name__}; only full attention is supported yet"
-        # Said so where vLLM leaves its hybrid KV cache manager off: such layers keep the whole prefix, but see a window of it.
-        if getattr(spec, "sliding_window", None) is not None or getattr(spec, "attention_chunk_size", None) is not None:
-            return "a layer sees only a window of the tokens before; only full attention is supported yet"
     return ""
 
 

@@ -26,6 +26,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     processes: vLLM's own engine process, with a worker process for each of ``tensor_parallel`` ranks.
     plugin: the connector is found by vLLM's plugins, without a module path.
+    hybrid_manager: whether vLLM may keep groups of unlike layers apart, as is its default.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str = "kv_both"
     plugin: bool = False
     events: bool = False
+    hybrid_manager: bool = True
 
 
 class Serving:
@@ -77,6 +79,7 @@ class Serving:
             num_gpu_blocks_override=options.num_blocks,
             enable_prefix_caching=options.prefix_caching,
             tensor_parallel_size=options.tensor_parallel,
+            disable_hybrid_kv_cache_manager=None if options.hybrid_manager else True,
             disable_log_stats=False,
             kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null") if options.events else None,
             kv_transfer_config=None
