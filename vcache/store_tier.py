@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vcache.keys import ModelSpec
     from vcache.paged_kv import PagedKV
     from vcache.pool.client import PlacementArray, PoolClient
+    from vcache.store.staging import Staging
 
 Int64Array = npt.NDArray[np.int64]
 #: Chunks offered together: where the queue has no room for a long prompt, it takes the beginning.
@@ -90,7 +91,8 @@ class StoreTier:
     def load(self, kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array) -> int:
         """Loads the leading run of ``keys`` into blocks ``[len(keys), blocks per chunk]``; how many chunks are there, whole.
 
-        One batch, or as many as staging memory asks for. On a GPU this waits for the current stream.
+        One batch, or as many as staging memory asks for. What has arrived is copied while the rest is under way. On a GPU
+        this waits for the current stream.
         """
         if not keys or not self.store.available:
             return 0
@@ -101,12 +103,11 @@ class StoreTier:
         loaded = 0
         while loaded < len(keys):
             shards = [Shard(key, self._rank, self._ranks, kv.payload_layout) for key in keys[loaded:]]
-            with self.store.load(shards, [nbytes] * len(shards)) as got:
-                run = got.run
-                if run:
-                    self._scatter(kv, block_ids[loaded : loaded + run], got)
-            loaded += run
-            if not run or run < len(got):
+            into = _Scatter(kv, block_ids[loaded:], self.store.staging, self._client.config.transfer.threads)
+            with self.store.load(shards, [nbytes] * len(shards), arrived=into.go_on) as got:
+                into.go_on(got)
+            loaded += into.done
+            if not into.done or into.done < len(got):
                 break
         self._counters.add(
             store_hits=loaded,
@@ -165,14 +166,29 @@ class StoreTier:
             self._writer.close(timeout_s)
         self.store.close(max(0.0, deadline - time.monotonic()))
 
-    def _scatter(self, kv: PagedKV, block_ids: Int64Array, loaded: Loaded) -> None:
-        from vcache.transfer.staged import scatter_staged  # loads torch
-
-        threads = self._client.config.transfer.threads
-        scatter_staged(kv, block_ids, self.store.staging.tensor, loaded.offsets(len(block_ids)), threads=threads)
-
     def _all_ranks(self, keys: Sequence[ChunkKey]) -> list[Shard]:
         return [Shard(key, rank) for key in keys for rank in range(self._ranks)]
+
+
+class _Scatter:
+    """Copies a batch into the engine's blocks, as far as its leading run is loaded. ``done``: chunks copied."""
+
+    def __init__(self, kv: PagedKV, block_ids: Int64Array, staging: Staging, threads: int) -> None:
+        self._kv = kv
+        self._block_ids = block_ids
+        self._staging = staging
+        self._threads = threads
+        self.done = 0
+
+    def go_on(self, loaded: Loaded) -> None:
+        """Copies what of the run has not been copied yet."""
+        from vcache.transfer.staged import scatter_staged  # loads torch
+
+        run = loaded.run
+        if run > self.done:
+            blocks, offsets = self._block_ids[self.done : run], loaded.offsets(self.done, run)
+            scatter_staged(self._kv, blocks, self._staging.tensor, offsets, threads=self._threads)
+            self.done = run
 
 
 def _is_due(hits: int, hot_hits: int) -> bool:

@@ -46,9 +46,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event, get_into = threading.Event(), FileStore.get_into
     event.set()
 
-    def wait_first(self, shards, buffers):
+    def wait_first(self, shards, buffers, *arrived):
         event.wait()
-        return get_into(self, shards, buffers)
+        return get_into(self, shards, buffers, *arrived)
 
     monkeypatch.setattr(FileStore, "get_into", wait_first)
     yield event

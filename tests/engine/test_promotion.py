@@ -43,10 +43,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event, get_into = threading.Event(), FileStore.get_into
     event.set()
 
-    def wait_first(self, shards, buffers):
+    def wait_first(self, shards, buffers, *arrived):
         if "write" in threading.current_thread().name:  # the threads of what nobody waits for
             event.wait()
-        return get_into(self, shards, buffers)
+        return get_into(self, shards, buffers, *arrived)
 
     monkeypatch.setattr(FileStore, "get_into", wait_first)
     yield event
@@ -195,10 +195,10 @@ def test_a_promotion_that_fails_hurts_nothing(configured, open_engine, monkeypat
     store_below(engine)
     get_into = FileStore.get_into
 
-    def fail_behind(self, shards, buffers):
+    def fail_behind(self, shards, buffers, *arrived):
         if "write" in threading.current_thread().name:
             raise failure
-        return get_into(self, shards, buffers)
+        return get_into(self, shards, buffers, *arrived)
 
     monkeypatch.setattr(FileStore, "get_into", fail_behind)
     assert [retrieve(engine) for _ in range(2)] == [32, 32]

@@ -256,6 +256,26 @@ def test_a_flipped_bit_is_a_miss_and_the_file_is_removed(engine, directory):
     assert engine.lookup(TOKENS) == 16
 
 
+def test_what_a_store_delivers_before_it_hangs_is_served(configured, open_engine, monkeypatch):
+    engine = open_engine(configured(guard={"timeout": "300ms"}))
+    store_below(engine)
+    goes_on, get_into = threading.Event(), FileStore.get_into
+
+    def hang_in_between(self, shards, buffers, arrived):
+        results = list(get_into(self, shards[:2], buffers[:2]))
+        arrived([0, 1])
+        goes_on.wait()
+        return results + list(get_into(self, shards[2:], buffers[2:]))
+
+    monkeypatch.setattr(FileStore, "get_into", hang_in_between)
+    try:
+        assert retrieve(engine) == 16
+    finally:
+        goes_on.set()
+    stats = engine.get_stats()
+    assert (stats["store_hits"], stats["store_overdue_calls"], stats["store_failed_reads"]) == (2, 1, 2)
+
+
 @pytest.mark.parametrize("lost", ["store", "mount"])
 def test_a_directory_that_is_gone_is_an_empty_store(engine, directory, lost):
     store_below(engine)

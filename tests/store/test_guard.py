@@ -243,6 +243,72 @@ def test_retries_end(gate, guarded, monkeypatch):
     assert guard.staging.free_bytes == STAGING_BYTES
 
 
+def test_what_arrived_before_a_store_hung_counts(gate, guarded, monkeypatch):
+    """What arrives after the deadline does not, though its bytes may be there."""
+    size = 10_000
+
+    def hang_in_between(wanted, buffers, arrived):
+        results = list(gate._store.get_into(wanted[:2], buffers[:2]))
+        arrived([0, 1])
+        gate._pass()
+        results += gate._store.get_into(wanted[2:], buffers[2:])
+        arrived([2])
+        return results
+
+    monkeypatch.setattr(gate, "get_into", hang_in_between)
+    gate._store.put_from(shards(3), payloads(3, size))
+    guard = guarded(gate)
+    gate.open.clear()
+    seen: list[list[torch.Tensor]] = []
+    with guard.load(
+        shards(3), [size] * 3, arrived=lambda got: seen.append([got.buffer(at).clone() for at in range(got.run)])
+    ) as loaded:
+        assert loaded.results == [Got.LOADED, Got.LOADED, Got.FAILED]
+        with pytest.raises(ValueError, match="released"):
+            loaded.buffer(0)  # the call still has it
+    gate.open.set()
+    wait_for(lambda: guard.stats()["store_busy_threads"] == 0)
+    assert len(seen) == 1
+    assert all(torch.equal(seen[0][number], payload(number, size)) for number in range(2))
+    assert guard.stats()["store_overdue_calls"] == 1
+    assert guard.staging.free_bytes == STAGING_BYTES
+    guard.staging.check_integrity()
+
+
+def test_what_arrived_before_an_interruption_is_not_asked_for_again(gate, guarded, monkeypatch):
+    asked: list[int] = []
+
+    def interrupted_first(wanted, buffers, arrived):
+        asked.append(len(wanted))
+        results = list(gate._store.get_into(wanted, buffers))
+        arrived([0])
+        return results if len(asked) > 1 else [results[0], *[Got.INTERRUPTED] * (len(wanted) - 1)]
+
+    monkeypatch.setattr(gate, "get_into", interrupted_first)
+    gate._store.put_from(shards(3), payloads(3))
+    runs: list[int] = []
+    guard = guarded(gate, retries=3, timeout=5.0)
+    with guard.load(shards(3), [10_000] * 3, arrived=lambda got: runs.append(got.run)) as loaded:
+        assert loaded.run == 3
+        assert all(torch.equal(loaded.buffer(number), payload(number)) for number in range(3))
+    assert asked == [3, 2]
+    assert runs == [1, 2]
+
+
+def test_a_reaction_that_fails_is_raised_once_the_store_is_done(file_store, guarded):
+    size = 3 << 20  # enough for the store to tell of some before it has all
+    file_store.put_from(shards(2), payloads(2, size))
+    guard = guarded(file_store, timeout=10.0)
+
+    def fail(_) -> None:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        guard.load(shards(2), [size] * 2, arrived=fail)
+    assert guard.staging.free_bytes == STAGING_BYTES
+    assert guard.stats()["store_circuit"] == "closed"
+
+
 def test_closing_waits_for_nobody_who_hangs(gate, guarded):
     guard = guarded(gate)
     hang(gate, guard, lambda: guard.contains(shards(1)))

@@ -19,6 +19,7 @@ from tests.store.shards import blank, payload, payloads, shard, shards
 from vcache.store.base import Got, Put
 from vcache.store.guard import GuardedStore
 from vcache.store.mooncake import MooncakeStore
+from vcache.store.mooncake_objects import _next_transfer
 
 NBYTES = 300_000
 
@@ -54,6 +55,35 @@ def test_what_was_stored_comes_back_also_to_others(mooncake, opened):
     assert other.remove(shards(3)) == 3
     assert list(store.contains(shards(4))) == [False] * 3 + [True]
     assert store.staging.free_bytes == store.staging.nbytes
+
+
+def test_a_large_batch_arrives_in_parts(mooncake, opened):
+    count, size = 40, 1 << 20
+    mooncake.start_master()
+    mooncake.start_owner()
+    store = opened({"timeout": 30.0, "write_timeout": 30.0})
+    await_ready(store)
+    fill(store, count, size)
+    seen: list[torch.Tensor] = []
+
+    def keep_more(got) -> None:
+        seen.extend(got.buffer(index).clone() for index in range(len(seen), got.run))
+
+    with store.load(shards(count), [size] * count, arrived=keep_more) as loaded:
+        assert 0 < len(seen) < count, "all at once, or all at the end"
+        assert loaded.run == count
+        keep_more(loaded)
+    assert all(torch.equal(found, payload(number, size)) for number, found in enumerate(seen))
+    assert store.staging.free_bytes == store.staging.nbytes
+
+
+def test_transfers_get_smaller_towards_the_end():
+    sizes, counts = [2 << 20] * 64, []
+    while sizes:
+        counts.append(_next_transfer(sizes))
+        sizes = sizes[counts[-1] :]
+    assert counts == [16, 16, 16, 8, 8]
+    assert _next_transfer([1 << 30, 1 << 30]) == 1
 
 
 def test_another_layout_size_or_prefix_is_not_taken_for_ours(mooncake, opened):

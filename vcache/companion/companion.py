@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vcache.companion.link import Answer, Close, Failed, Link, LinkClosedError, Ready
+from vcache.companion.link import Answer, Close, Failed, Link, LinkClosedError, Part, Ready
 
 if TYPE_CHECKING:
     import msgspec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from vcache.store.staging import Block
 
 logger = logging.getLogger(__name__)
+Heard = Callable[[Sequence[int]], None]
 
 #: Calls under way at once, late ones included. More than the threads that make them, so that a few hung peers leave some.
 LANES: Final = 12
@@ -92,9 +94,11 @@ class Companion:
                 self._ready = message if isinstance(message, Ready) else None
             return self._ready
 
-    def ask(self, ask: msgspec.Struct, blocks: Sequence[Block], timeout_s: float) -> Answer | None:
-        """The first answer; ``None`` when none came, and the process should be killed. As ``begin``."""
-        return self.begin(ask, blocks).answer(timeout_s)
+    def ask(
+        self, ask: msgspec.Struct, blocks: Sequence[Block], timeout_s: float, heard: Heard | None = None
+    ) -> Answer | None:
+        """The first answer; ``None`` when none came, and the process should be killed. As ``begin`` and ``Call.answer``."""
+        return self.begin(ask, blocks).answer(timeout_s, heard)
 
     def begin(self, ask: msgspec.Struct, blocks: Sequence[Block]) -> Call:
         """Asks, and does not wait: the call's ``answer`` is to be taken.
@@ -195,15 +199,23 @@ class Call:
         """Whether ``answer`` would not wait, waiting so long for that. For any number of threads."""
         return self._lane.readable(wait_s)
 
-    def answer(self, timeout_s: float) -> Answer | None:
-        """The first answer, to be taken once; ``None`` when none came. What is not answered keeps its blocks."""
+    def answer(self, timeout_s: float, heard: Heard | None = None) -> Answer | None:
+        """The first answer, to be taken once; ``None`` when none came. What is not answered keeps its blocks.
+
+        ``heard`` is called with the indices of what is done before that.
+        """
         answer = None
+        held = self._held
+        deadline = time.monotonic() + timeout_s
         try:
-            answer = self._lane.receive(timeout_s)
+            while isinstance(answer := self._lane.receive(deadline - time.monotonic()), Part):
+                for index in answer.indices:
+                    held.pop(index).release()
+                if heard is not None:
+                    heard(answer.indices)
         except LinkClosedError as error:
             self.is_lost = True
             logger.debug("no answer: %s", error)
-        held = self._held
         if not isinstance(answer, Answer):
             self._companion.put_back(self._lane, late=held)
             return None
@@ -211,7 +223,7 @@ class Call:
             self._companion.put_back(self._lane)
             self._companion.finished(held, answer)
         else:
-            done = {index: held.pop(index) for index, code in enumerate(answer.codes) if code >= 0}
+            done = {index: held.pop(index) for index in [*held] if answer.codes[index] >= 0}
             self._companion.finished(done, answer)
             self._companion.put_back(self._lane, late=held)
         return answer

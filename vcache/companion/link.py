@@ -2,7 +2,7 @@
 
     life     never written to: when either end goes, the kernel tells (or ends) the other
     control  what to be, then Ready back; later Close
-    lane     an ask and its Answers, one ask at a time; there are several lanes
+    lane     an ask, then any Parts and its Answers, one ask at a time; there are several lanes
 
 Each kind of companion adds messages of its own. Payloads never travel here: they lie in staging memory, which both have
 mapped. Torch-free.
@@ -53,7 +53,13 @@ class Answer(msgspec.Struct, array_like=True, tag=True):
     last: bool = True
 
 
-Common = Ready | Failed | Close | Answer
+class Part(msgspec.Struct, array_like=True, tag=True):
+    """Before an answer: these, of the things asked for, are done, and their memory is touched no more."""
+
+    indices: list[int]
+
+
+Common = Ready | Failed | Close | Answer | Part
 _encoder = msgspec.msgpack.Encoder()
 
 

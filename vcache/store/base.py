@@ -8,7 +8,7 @@ unshared until the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -48,6 +48,10 @@ class Put(IntEnum):
     FAILED = 3
 
 
+#: Takes the positions in a batch of shards that are loaded while others still are not.
+Arrived = Callable[[Sequence[int]], None]
+
+
 class Store(Protocol):
     """A place for shards that outlives the pool's segments. Implementations are thread-safe."""
 
@@ -55,8 +59,14 @@ class Store(Protocol):
         """Whether each shard is there now. No promise that it still is when it is asked for."""
         ...
 
-    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
-        """Fills ``buffers[i]`` with ``shards[i]``. Only after ``LOADED`` does a buffer hold anything one may use."""
+    def get_into(
+        self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor], arrived: Arrived | None = None
+    ) -> Sequence[Got]:
+        """Fills ``buffers[i]`` with ``shards[i]``. Only after ``LOADED`` does a buffer hold anything one may use.
+
+        ``arrived`` may be told of shards as they are loaded, which their answer then confirms: their buffers hold every byte,
+        and the store touches them no more. It is called in the calling thread, and is quick.
+        """
         ...
 
     def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+#: On its way from a call's work to its waiter; ``None`` is the end.
+News = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class Ended(Enum):
@@ -32,12 +35,14 @@ class Call(Generic[Result]):
     was given. It does not run when the waiter sees ``DONE``.
     """
 
-    def __init__(self, work: Callable[[], Result], abandoned: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], Result], abandoned: Callable[[], None], news: News | None = None) -> None:
+        """``news``: what the work puts there is called by the waiter, if it still waits then. It must not raise."""
         self._work = work
         self._abandoned = abandoned
         self._lock = threading.Lock()
-        self._finished = threading.Event()
+        self._news: News = queue.SimpleQueue() if news is None else news
         self._begun = False
+        self._finished = False
         self._given_up = False
         self.error: BaseException | None = None
         self._results: list[Result] = []
@@ -60,17 +65,23 @@ class Call(Generic[Result]):
         except BaseException as error:
             self.error = error
         with self._lock:
-            self._finished.set()
+            self._finished = True
             given_up = self._given_up
+        self._news.put(None)
         if given_up:
             self._abandoned()
 
     def wait(self, timeout_s: float) -> Ended:
-        """The waiter's side, once."""
-        if self._finished.wait(max(0.0, timeout_s)):
+        """The waiter's side, once. What the work has it call takes of its time."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while (reaction := self._news.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+                reaction()
             return Ended.DONE
+        except queue.Empty:
+            pass
         with self._lock:
-            if self._finished.is_set():
+            if self._finished:
                 return Ended.DONE
             self._given_up = True
             begun = self._begun

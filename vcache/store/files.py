@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vcache.errors import CorruptionError, UnavailableError
-from vcache.store.base import Got, Put, Shard
+from vcache.store.base import Arrived, Got, Put, Shard
 from vcache.store.files_eviction import OBJECTS, SUFFIX, TEMPORARY, Sweeper, lock_while_writing
 from vcache.store.objects import PAGE_BYTES, sealed, verify
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: A file read is marked as used unless that was done this recently: a shared mount need not hear of every read.
 TOUCH_INTERVAL_S: Final = 60.0
+#: Its reader hears of so much at a time, read while it copies the last.
+TELL_BYTES: Final = 4 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_OBJECT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 #: The directory as a whole, not one file, is out of reach: worth the guard's attention.
@@ -59,13 +61,20 @@ class FileStore:
         self._check_open()
         return [self._is_there(shard) for shard in shards]
 
-    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
+    def get_into(
+        self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor], arrived: Arrived | None = None
+    ) -> Sequence[Got]:
         self._check_open()
         now = time.time()
-        results = []
+        results: list[Got] = []
+        told = loaded_bytes = 0
         for index, (shard, buffer) in enumerate(zip(shards, buffers, strict=True)):
             # A chain's later chunks count as a little less recently used, so that leaves go before their prefixes.
             results.append(self._read(shard, buffer.numpy().data, now - index * 1e-6))
+            loaded_bytes += buffer.nbytes if results[-1] is Got.LOADED else 0
+            if arrived is not None and loaded_bytes >= TELL_BYTES:
+                arrived([position for position in range(told, index + 1) if results[position] is Got.LOADED])
+                told, loaded_bytes = index + 1, 0
         return results
 
     def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:

@@ -10,6 +10,7 @@ its own until it returns; the caller's memory was never lent out, so a late writ
 from __future__ import annotations
 
 import logging
+import queue
 import random
 import threading
 import time
@@ -25,8 +26,8 @@ from vcache.keys import ChunkKey
 from vcache.protocol import KEY_BYTES
 from vcache.store.base import Got, Put, Shard, Store
 from vcache.store.breaker import Breaker, Circuit
-from vcache.store.calls import Call, Ended, Workers
-from vcache.store.loaded import Loaded
+from vcache.store.calls import Call, Ended, News, Workers
+from vcache.store.loaded import Arrivals, Loaded
 
 if TYPE_CHECKING:
     import torch
@@ -104,11 +105,22 @@ class GuardedStore:
             answer = self._call("contains", self._readers, work) if entered else None
         return answer or [False] * len(shards)
 
-    def load(self, shards: Sequence[Shard], sizes: Sequence[int], *, patience_s: float = 0.0) -> Loaded:
+    def load(
+        self,
+        shards: Sequence[Shard],
+        sizes: Sequence[int],
+        *,
+        patience_s: float = 0.0,
+        arrived: Callable[[Loaded], None] | None = None,
+    ) -> Loaded:
         """Reads shards whose payloads have ``sizes`` into staging memory, without a further copy.
 
         ``patience_s``: for what nobody waits for. Such a call waits so long for staging memory, and uses the threads of
         the writes, so that it keeps no reader waiting.
+
+        ``arrived`` is called in between, with what this will return: some more of it are loaded, and may be used until
+        it returns. Those buffers may be gone afterwards, since the call as a whole can still be overdue. What it raises is
+        raised here, when the store is done.
         """
         with self._entered() as entered:
             if not entered or not self.available:
@@ -116,8 +128,13 @@ class GuardedStore:
                 return Loaded([Got.FAILED] * len(shards), [None] * len(shards))
             blocks: list[Block | None] = [*self.staging.take(sizes, wait_s=patience_s)]
             self._count(store_no_staging=len(shards) - len(blocks))
-            results = self._read(shards[: len(blocks)], blocks, self._writers if patience_s else self._readers)
-        return Loaded(results, blocks)
+            loaded = Loaded([Got.FAILED] * len(blocks), blocks)
+            arrivals = Arrivals(loaded, arrived) if arrived is not None else None
+            self._read(shards[: len(blocks)], loaded, self._writers if patience_s else self._readers, arrivals)
+        if arrivals is not None and arrivals.error is not None:
+            loaded.release()
+            raise arrivals.error
+        return loaded
 
     def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
         """As ``Store.get_into``, by way of staging memory; in several rounds when that is small. The deadline is each round's."""
@@ -212,19 +229,25 @@ class GuardedStore:
         closer.close()
         self.staging.close()
 
-    def _read(self, shards: Sequence[Shard], blocks: list[Block | None], workers: Workers) -> list[Got]:
-        """Fills ``blocks``; puts ``None`` for those that hold nothing or are no longer ours. Retries what is transient."""
-        results = [Got.FAILED] * len(shards)
+    def _read(self, shards: Sequence[Shard], loaded: Loaded, workers: Workers, arrivals: Arrivals | None) -> None:
+        """Fills ``loaded``; puts ``None`` for blocks that hold nothing or are no longer ours. Retries what is transient."""
+        results, blocks = loaded.results, loaded.blocks
         deadline = time.monotonic() + self._config.timeout
         left = list(range(len(shards)))
         for attempt in range(self._config.retries + 1 if shards else 0):
             asked = [shards[index] for index in left]
             lent = [block for index in left if (block := blocks[index]) is not None]
+            news: News = queue.SimpleQueue()
             work = partial(_one_each, asked, self._store.get_into, [block.tensor for block in lent])
-            answer = self._call("get", workers, work, lent, timeout_s=deadline - time.monotonic())
-            for index, got in zip(left, answer or [Got.FAILED] * len(left), strict=True):
-                results[index] = got
-                if answer is None:
+            if arrivals is not None:
+                work = partial(work, arrivals.of(left, news))
+            for index in left:
+                results[index] = Got.FAILED
+            answer = self._call("get", workers, work, lent, timeout_s=deadline - time.monotonic(), news=news)
+            for position, index in enumerate(left):
+                if answer is not None:
+                    results[index] = answer[position]
+                else:
                     blocks[index] = None  # released by the call, whenever it ends
             left = [index for index in left if results[index] is Got.INTERRUPTED]
             if not left or attempt == self._config.retries or not self._pause(attempt, deadline):
@@ -236,7 +259,6 @@ class GuardedStore:
                 blocks[index] = None
         lost = results.count(Got.FAILED) + results.count(Got.INTERRUPTED)
         self._count(store_invalid=results.count(Got.INVALID), store_failed_reads=lost)
-        return results
 
     def _put_once(self, shards: Sequence[Shard], blocks: Sequence[Block]) -> Sequence[Put]:
         """One attempt. The caller keeps its hold on ``blocks``; the call has one of its own."""
@@ -258,8 +280,12 @@ class GuardedStore:
         lent: Sequence[Block] = (),
         *,
         timeout_s: float | None = None,
+        news: News | None = None,
     ) -> Result | None:
-        """The result of ``work``, or ``None``: then one hold on each block of ``lent`` is (or will be) given back."""
+        """The result of ``work``, or ``None``: then one hold on each block of ``lent`` is (or will be) given back.
+
+        ``news``: see ``Call``.
+        """
 
         def give_back() -> None:
             for block in lent:
@@ -271,7 +297,7 @@ class GuardedStore:
         if not admitted:
             give_back()
             return None
-        call = workers.submit(Call(work, give_back))
+        call = workers.submit(Call(work, give_back, news))
         ended = call.wait(self._config.timeout if timeout_s is None else timeout_s)
         if ended is Ended.DONE and call.error is None:
             self._succeeded()

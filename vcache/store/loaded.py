@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from vcache.store.base import Got
+from vcache.store.base import Arrived, Got
 
 if TYPE_CHECKING:
     import torch
 
+    from vcache.store.calls import News
     from vcache.store.staging import Block
 
 
@@ -24,9 +26,9 @@ class Loaded:
     for: as many, from the first on, as staging memory had room for.
     """
 
-    def __init__(self, results: Sequence[Got], blocks: Sequence[Block | None]) -> None:
+    def __init__(self, results: list[Got], blocks: list[Block | None]) -> None:
         self.results: Final = results
-        self._blocks: Sequence[Block | None] = blocks
+        self.blocks: Final = blocks
 
     def __len__(self) -> int:
         return len(self.results)
@@ -40,14 +42,14 @@ class Loaded:
         """The payload of a shard that was loaded: uint8, in host memory."""
         return self._block(index).tensor
 
-    def offsets(self, count: int) -> npt.NDArray[np.int64]:
-        """Where the payloads of the first ``count`` shards, all loaded, begin in staging memory."""
-        return np.array([self._block(index).payload_offset for index in range(count)], dtype=np.int64)
+    def offsets(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Where the payloads of the shards from ``first`` to before ``last``, all loaded, begin in staging memory."""
+        return np.array([self._block(index).payload_offset for index in range(first, last)], dtype=np.int64)
 
     def release(self) -> None:
         """Gives the memory back. Harmless when repeated."""
-        blocks, self._blocks = self._blocks, [None] * len(self.results)
-        for block in blocks:
+        for index, block in enumerate(self.blocks):
+            self.blocks[index] = None
             if block is not None:
                 block.release()
 
@@ -60,7 +62,32 @@ class Loaded:
         self.release()
 
     def _block(self, index: int) -> Block:
-        block = self._blocks[index]
+        block = self.blocks[index]
         if block is None:
             raise ValueError(f"shard {index} was not loaded ({self.results[index].name}), or was released")
         return block
+
+
+class Arrivals:
+    """Shards of a batch that are loaded while others are under way: from the store's thread to the waiter's.
+
+    ``error``: what the waiter's reaction raised; it is called no more then.
+    """
+
+    def __init__(self, loaded: Loaded, react: Callable[[Loaded], None]) -> None:
+        self._loaded = loaded
+        self._react = react
+        self.error: Exception | None = None
+
+    def of(self, indices: Sequence[int], news: News) -> Arrived:
+        """What the store is to call, told positions among these shards."""
+        return lambda positions: news.put(partial(self._heard, [indices[position] for position in positions]))
+
+    def _heard(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            self._loaded.results[index] = Got.LOADED
+        if self.error is None:
+            try:
+                self._react(self._loaded)
+            except Exception as error:
+                self.error = error

@@ -21,7 +21,7 @@ import msgspec
 from vcache.companion.companion import Companion
 from vcache.companion.link import LinkClosedError
 from vcache.errors import UnavailableError
-from vcache.store.base import Got, Put, Shard
+from vcache.store.base import Arrived, Got, Put, Shard
 from vcache.store.mooncake_command import address_towards, mooncake_environment, require_mooncake
 from vcache.store.mooncake_objects import object_name
 from vcache.store.mooncake_wire import DECODER, MAY_BE_THERE, Ask, Exist, Get, Object, PutAll, Remove, Setup
@@ -84,10 +84,12 @@ class MooncakeStore:
         codes = self._ask(Exist([object_name(self._prefix, shard) for shard in shards]))
         return [code == 1 for code in codes]
 
-    def get_into(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Got]:
+    def get_into(
+        self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor], arrived: Arrived | None = None
+    ) -> Sequence[Got]:
         blocks = self._blocks(buffers)
         timeout_s = self._timeout_s * PATIENCE
-        codes = self._ask(Get(_objects(shards, blocks), timeout_s), blocks, timeout_s=timeout_s)
+        codes = self._ask(Get(_objects(shards, blocks), timeout_s), blocks, timeout_s=timeout_s, arrived=arrived)
         return [Got(code) if code >= 0 else Got.FAILED for code in codes]
 
     def put_from(self, shards: Sequence[Shard], buffers: Sequence[torch.Tensor]) -> Sequence[Put]:
@@ -116,10 +118,12 @@ class MooncakeStore:
         if process is not None:
             process.end(timeout_s)
 
-    def _ask(self, ask: Ask, blocks: Sequence[Block] = (), *, timeout_s: float = 0.0) -> list[int]:
+    def _ask(
+        self, ask: Ask, blocks: Sequence[Block] = (), *, timeout_s: float = 0.0, arrived: Arrived | None = None
+    ) -> list[int]:
         """Raises ``UnavailableError`` when there is no answer."""
         process = self._current()
-        answer = process.ask(ask, blocks, timeout_s + HANG_S)
+        answer = process.ask(ask, blocks, timeout_s + HANG_S, arrived)
         if answer is None:
             self._replace(process)
             raise UnavailableError("the Mooncake process ended or hung; it is started anew")

@@ -2,24 +2,29 @@
 
 Runs in the Mooncake process. Why owner by owner: a batch that touches one hung owner takes 13 s for 32 objects (61 s if the
 owner was never spoken to), and when it ends the leases on everybody else's objects have run out too: the whole batch is
-lost. So each owner's part of a batch is a transfer of its own; a part not done by the deadline is answered as pending, and
+lost. So each owner's part of a batch is transferred by itself; a part not done by the deadline is answered as pending, and
 an owner with such a part gets no further ones until that has ended and a while has passed.
+
+A part that is read is a few transfers, one after the other: what one brought is verified, and copied to where it is wanted,
+while the next is under way.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import queue
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from vcache.companion.link import PENDING, TAINTED, Answer
+from vcache.companion.link import PENDING, TAINTED, Answer, Part
 from vcache.errors import CorruptionError
 from vcache.keys import ChunkKey
 from vcache.store.base import Got, Put, Shard
@@ -31,6 +36,13 @@ if TYPE_CHECKING:
 
 #: Parts of batches under way at once, hung ones included.
 THREADS: Final = 16
+#: A thread that waits for a transfer spins (0.3.13): those that move and verify bytes go first.
+NICENESS: Final = 10
+#: Objects that have come are verified by so many threads.
+VERIFIERS: Final = 2
+#: A part's transfers: each half of what is left, so that little is still to be verified when the last one ends, between these bounds.
+MIN_TRANSFER_BYTES: Final = 16 << 20
+MAX_TRANSFER_BYTES: Final = 32 << 20
 #: How long an owner whose transfer hung is left alone after it ended.
 AVOID_S: Final = 5.0
 
@@ -51,6 +63,10 @@ class Code(IntEnum):
 _REMOVED: Final[dict[int, int]] = {0: 1, Code.NOT_FOUND: 0}
 _MASTER_GONE: Final = frozenset({Code.RPC_FAILED, Code.RPC_TIMEOUT})
 _NO_TRANSFER: Final = _MASTER_GONE | {Code.BAD_ARGUMENT, Code.LEASED}  # refused before any byte moved
+
+
+#: Indices of objects that are loaded; none: a part has ended.
+Done = queue.SimpleQueue[list[int]]
 
 
 class StagingMap:
@@ -76,7 +92,8 @@ class Objects:
         self._staging = staging
         self._prefix = setup.key_prefix
         self._replicate = _replicate(setup)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="owner")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="owner", initializer=_step_back)
+        self._verifiers = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="verify")
         self._owners = Owners()
 
     def exist(self, ask: Exist) -> Answer:
@@ -89,8 +106,8 @@ class Objects:
             return _unavailable(codes)
         return Answer([_REMOVED.get(code, MAY_BE_THERE) for code in codes])
 
-    def get(self, ask: Get) -> Iterator[Answer]:
-        """One answer within the deadline, and another one if that left anything pending."""
+    def get(self, ask: Get) -> Iterator[Answer | Part]:
+        """One answer within the deadline, after parts of it, and another one if that left anything pending."""
         deadline = time.monotonic() + ask.timeout_s
         names = [self._name(thing) for thing in ask.objects]
         found = self._handle.batch_get_replica_desc(names)
@@ -111,10 +128,11 @@ class Objects:
                 codes[index] = Got.FAILED
             else:
                 parts[owner].append(index)
-        work = partial(self._read, names, ask.objects, codes)
-        yield from self._in_parts(parts, work, codes, deadline)
+        done: Done = queue.SimpleQueue()
+        work = partial(self._read, names, ask.objects, codes, done, deadline)
+        yield from self._in_parts(parts, work, codes, done, deadline)
 
-    def put(self, ask: PutAll) -> Iterator[Answer]:
+    def put(self, ask: PutAll) -> Iterator[Answer | Part]:
         """As ``get``. Mooncake chooses the owners itself, so a hung one is met by chance and takes the batch with it."""
         deadline = time.monotonic() + ask.timeout_s
         names = [self._name(thing) for thing in ask.objects]
@@ -127,14 +145,30 @@ class Objects:
         ]  # Mooncake would keep the old bytes and say "ok"
         missing = [index for index, there in enumerate(present) if not there]
         work = partial(self._write, names, ask.objects, codes)
-        yield from self._in_parts({"": missing} if missing else {}, work, codes, deadline)
+        yield from self._in_parts({"": missing} if missing else {}, work, codes, queue.SimpleQueue(), deadline)
 
     def _in_parts(
-        self, parts: Mapping[str, list[int]], work: Callable[[Sequence[int]], None], codes: list[int], deadline: float
-    ) -> Iterator[Answer]:
-        """Works on each owner's part in a thread of its own. One transfer a part: two at once were no faster."""
+        self,
+        parts: Mapping[str, list[int]],
+        work: Callable[[Sequence[int]], None],
+        codes: list[int],
+        done: Done,
+        deadline: float,
+    ) -> Iterator[Answer | Part]:
+        """Works on each owner's part in a thread of its own. One transfer a part at a time: two at once were no faster."""
         running = {self._threads.submit(work, part): owner for owner, part in parts.items()}
-        late = wait(running, max(0.0, deadline - time.monotonic())).not_done
+        for future in running:
+            future.add_done_callback(lambda _: done.put([]))
+        left = len(running)
+        while left:
+            try:
+                indices = done.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            left -= not indices
+            if indices:
+                yield Part(indices)
+        late = [future for future in running if not future.done()]
         if late:
             for future in late:
                 self._owners.hung(running[future])
@@ -144,14 +178,49 @@ class Objects:
                 self._owners.came_back(running[future])
         yield Answer(codes)
 
-    def _read(self, names: Sequence[str], things: Sequence[Object], codes: list[int], part: Sequence[int]) -> None:
-        moved = self._handle.batch_get_into(
-            [names[index] for index in part],
-            [self._staging.address + things[index].offset for index in part],
-            [PAGE_BYTES + things[index].nbytes for index in part],
-        )
-        for index, code in zip(part, moved, strict=True):
+    def _read(
+        self,
+        names: Sequence[str],
+        things: Sequence[Object],
+        codes: list[int],
+        done: Done,
+        deadline: float,
+        part: Sequence[int],
+    ) -> None:
+        verifications: list[Future[None]] = []
+        left = list(part)
+        while left:
+            count = _next_transfer([things[index].nbytes for index in left])
+            asked, left = left[:count], left[count:]
+            moved = self._handle.batch_get_into(
+                [names[index] for index in asked],
+                [self._staging.address + things[index].offset for index in asked],
+                [PAGE_BYTES + things[index].nbytes for index in asked],
+            )
+            if time.monotonic() > deadline or all(_is_lost(code) for code in moved):
+                for index in left:  # their memory was not touched
+                    codes[index] = Got.FAILED
+                left = []
+            tell = done if left else None  # the answer follows at once
+            verify_all = partial(self._verify_all, names, things, codes, tell, asked, moved)
+            verifications.append(self._verifiers.submit(verify_all))
+        for verification in verifications:
+            verification.result()
+
+    def _verify_all(
+        self,
+        names: Sequence[str],
+        things: Sequence[Object],
+        codes: list[int],
+        done: Done | None,
+        asked: Sequence[int],
+        moved: Sequence[int],
+    ) -> None:
+        for index, code in zip(asked, moved, strict=True):
             codes[index] = self._verified(names[index], things[index], code)
+        loaded = [index for index in asked if codes[index] == Got.LOADED]
+        if done is not None and loaded:
+            done.put(loaded)
 
     def _verified(self, name: str, thing: Object, code: int) -> int:
         if code == Code.NOT_FOUND:
@@ -210,6 +279,25 @@ class Owners:
 def object_name(prefix: str, shard: Shard) -> str:
     """The name of a shard's object in Mooncake."""
     return f"{prefix}/{shard.key.hex()}-{shard.rank}"
+
+
+def _step_back() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _next_transfer(sizes: Sequence[int]) -> int:
+    """How many of the objects with these sizes to transfer at once."""
+    room = min(max(sum(sizes) // 2, MIN_TRANSFER_BYTES), MAX_TRANSFER_BYTES)
+    count = 0
+    while count < len(sizes) and (room > 0 or not count):
+        room -= sizes[count]
+        count += 1
+    return count
+
+
+def _is_lost(code: int) -> bool:
+    """Whether an object did not come for a reason that others of its owner share."""
+    return code < 0 and code not in (Code.NOT_FOUND, Code.LEASE_EXPIRED)
 
 
 def _shard(thing: Object) -> Shard:
