@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def companions_of(child: Child) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process has come to a stop: SIGSTOP only begins that."""
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(thread.read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
 @dataclass
 class Hosts:
     """The two hosts' configurations, and what runs on them."""
@@ -57,6 +64,7 @@ class Hosts:
         for pid in companions_of(donor):
             os.kill(pid, signal.SIGSTOP)
             self.stopped.append(pid)
+            until(partial(is_stopped, pid), "a companion stopped")
         donor.suspend()
 
     def resume(self) -> None:

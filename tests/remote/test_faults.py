@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool.payloads import load, new_keys, poke, store, until, until_serving
-from tests.remote.conftest import Hosts, companions_of, remote_segments, until_announced
+from tests.remote.conftest import Hosts, companions_of, is_stopped, remote_segments, until_announced
 
 MIB = 1 << 20
 HALTING = "tests.remote.halting_reading_process"
@@ -20,10 +20,6 @@ HALTING = "tests.remote.halting_reading_process"
 
 def reading_process(reader):
     return reader.mappings.remote.reader._companion.pid
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def until_opened(reader):
