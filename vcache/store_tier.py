@@ -182,12 +182,12 @@ class _Scatter:
 
     def go_on(self, loaded: Loaded) -> None:
         """Copies what of the run has not been copied yet."""
-        from vcache.transfer.staged import scatter_staged  # loads torch
+        from vcache.transfer import scatter  # loads torch
 
         run = loaded.run
         if run > self.done:
             blocks, offsets = self._block_ids[self.done : run], loaded.offsets(self.done, run)
-            scatter_staged(self._kv, blocks, self._staging.tensor, offsets, threads=self._threads)
+            scatter(self._kv, blocks, self._staging.tensor, offsets, threads=self._threads)
             self.done = run
 
 

@@ -12,8 +12,8 @@ import pytest
 from tests.engine.conftest import NUM_BLOCKS, Worker, eventually
 from tests.engine.kv import CHUNK, model_of, new_tensors, slots_of, wrong_blocks
 from tests.pool.payloads import poke, until
-from tests.remote.conftest import Hosts, until_announced
-from tests.remote.test_faults import HALTING, is_stopped
+from tests.remote.conftest import Hosts, is_stopped, until_announced
+from tests.remote.test_faults import HALTING
 from tests.remote.test_reading import start_worker
 from vcache.config import VCacheConfig
 from vcache.engine import VCacheEngine

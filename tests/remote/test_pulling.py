@@ -12,9 +12,9 @@ import pytest
 
 from tests.pool.payloads import load, new_keys, poke, store, until, until_serving
 from tests.pool.test_demotion import counted, fill
-from tests.remote.conftest import Hosts, until_announced
+from tests.remote.conftest import Hosts, is_stopped, until_announced
 from tests.remote.stopping_puller import STEPS
-from tests.remote.test_faults import HALTING, is_stopped
+from tests.remote.test_faults import HALTING
 from vcache.config import VCacheConfig
 from vcache.keys import ChunkKey
 from vcache.memory.host import HostMemory

@@ -126,23 +126,17 @@ class PendingRead:
         return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
-        """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; on a GPU, enqueues it on the current stream.
+        """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; within VRAM, enqueues it on the current stream.
 
         A payload of another size than these blocks, or gathered from planes of another form, ends the run before it: two
         processes that describe their models alike may hold KV in different ways. Raises ``ValueError`` for bad block ids.
         """
         from vcache.transfer import scatter  # loads torch
-        from vcache.transfer.staged import scatter_staged
 
         self.cut(kv.payload_bytes(block_ids.shape[1]), kv.payload_layout)
         threads = self._client.config.transfer.threads
-        self._copy_here(
-            lambda source, chunks, offsets: scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
-        )
-        self._copy_from_elsewhere(
-            lambda source, chunks, offsets: scatter_staged(
-                kv, block_ids[chunks], source.tensor, offsets, threads=threads
-            ),
+        self.copy_with(
+            lambda source, chunks, offsets: scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads),
             layout=kv.payload_layout,
         )
 

@@ -129,7 +129,7 @@ class PendingWrite:
         self._give_back(~marked, "refused_marks")
 
     def copy_from(self, kv: PagedKV, block_ids: Int64Array) -> None:
-        """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; on a GPU, enqueues it on the current stream.
+        """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; within VRAM, enqueues it on the current stream.
 
         Raises ``ValueError`` for bad block ids, or blocks of another size than was reserved; nothing is written then.
         """

@@ -5,11 +5,13 @@ The payload of a chunk is, for each plane in order, its blocks in order, without
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from vcache.paged_kv import PagedKV
-from vcache.transfer import cpu
-from vcache.transfer.checks import Int64Array
+from vcache.transfer import cpu, staged
+from vcache.transfer.checks import Int64Array, check_gather, check_scatter
 
 __all__ = ["gather", "scatter"]
 
@@ -19,24 +21,40 @@ def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: I
 
     ``block_ids`` is int64 ``[chunks, blocks_per_chunk]``, ``offsets`` int64 ``[chunks]``: where each payload begins in
     ``segment``, the whole segment as a uint8 tensor. On a CPU the bytes are there when it returns, copied by at most
-    ``threads`` threads; on a GPU the copy is only enqueued on the current stream. Raises ValueError that names the argument,
-    before anything is written: block ids out of range, payloads beyond the segment or sharing bytes.
+    ``threads`` threads; between GPUs the copy is only enqueued on the current stream; between a GPU and host memory, either
+    way, the bytes are there when it returns, which waits for that stream. Raises ValueError that names the argument,
+    before anything is written: block ids out of range, payloads beyond the segment or sharing bytes. What a GPU raises, such as
+    ``torch.OutOfMemoryError``, may come after some were written.
     """
-    if kv.device.type == "cuda":
-        from vcache.transfer import cuda  # needs triton, which a host has no use for
-
-        cuda.gather(kv, block_ids, segment, offsets)
+    direct = _gather_by(kv, threads)
+    if segment.device.type == kv.device.type:
+        direct(kv, block_ids, segment, offsets)
     else:
-        cpu.gather(kv, block_ids, segment, offsets, threads=threads)
+        staged.gather(kv, check_gather(kv, block_ids, segment, offsets), segment, direct)
 
 
 def scatter(
     kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0
 ) -> None:
     """Copy payloads into blocks; arguments and completion as in ``gather``. A block id that comes twice is a ValueError."""
-    if kv.device.type == "cuda":
-        from vcache.transfer import cuda  # needs triton, which a host has no use for
-
-        cuda.scatter(kv, block_ids, segment, offsets)
+    direct = _scatter_by(kv, threads)
+    if segment.device.type == kv.device.type:
+        direct(kv, block_ids, segment, offsets)
     else:
-        cpu.scatter(kv, block_ids, segment, offsets, threads=threads)
+        staged.scatter(kv, check_scatter(kv, block_ids, segment, offsets), segment, direct)
+
+
+def _gather_by(kv: PagedKV, threads: int) -> staged.Direct:
+    if kv.device.type != "cuda":
+        return partial(cpu.gather, threads=threads)
+    from vcache.transfer import cuda  # needs triton, which a host has no use for
+
+    return cuda.gather
+
+
+def _scatter_by(kv: PagedKV, threads: int) -> staged.Direct:
+    if kv.device.type != "cuda":
+        return partial(cpu.scatter, threads=threads)
+    from vcache.transfer import cuda
+
+    return cuda.scatter

@@ -47,6 +47,12 @@ def check_scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, off
     return copy
 
 
+def check_one_kind(kv: PagedKV, segment: torch.Tensor) -> None:
+    """Check that one copy reaches both; ``staged.py`` is for what lies on devices of different kinds."""
+    if segment.device.type != kv.device.type:
+        raise ValueError(f"the segment is on {segment.device}, the planes on {kv.device}")
+
+
 def _check(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array) -> CheckedCopy:
     ids = _int64("block_ids", block_ids, dimensions=2)
     starts = _int64("offsets", offsets, dimensions=1)
@@ -56,8 +62,6 @@ def _check(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: I
         raise ValueError(
             f"the segment must be a contiguous 1-D uint8 tensor, not {segment.dtype} {tuple(segment.shape)}"
         )
-    if segment.device.type != kv.device.type:
-        raise ValueError(f"the segment is on {segment.device}, the planes on {kv.device}")
     bad = _first_outside(ids, kv.num_blocks)
     if bad is not None:
         raise ValueError(f"block_ids{list(bad)} is {ids[bad]}; there are blocks 0 to {kv.num_blocks - 1}")

@@ -15,7 +15,7 @@ import torch
 
 from vcache.native import native_library
 from vcache.paged_kv import PagedKV
-from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_scatter
+from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
 from vcache.transfer.threads import default_threads, run_pieces
 
 #: A second thread is worth waking for this much: it takes about 30 us, in which the first copies 256 KiB.
@@ -47,6 +47,7 @@ def scatter(
 
 
 def _copy(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, *, to_payload: bool, threads: int) -> None:
+    check_one_kind(kv, segment)
     if copy.nbytes == 0:
         return
     chunks, per_chunk = copy.block_ids.shape

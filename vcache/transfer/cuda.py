@@ -15,7 +15,7 @@ import torch
 
 from vcache.paged_kv import PagedKV
 from vcache.transfer import triton_kernels
-from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_scatter
+from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
 from vcache.transfer.triton_kernels import PlaneTable
 
 #: Enough 128-thread programs to fill a multiprocessor; each moves many tiles, so that a launch costs the same at any size.
@@ -84,6 +84,7 @@ def _launcher(kv: PagedKV) -> _Launcher:
 
 
 def _enqueue(launch: triton_kernels.Launch, kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor) -> None:
+    check_one_kind(kv, segment)
     if copy.nbytes == 0:
         return
     ids, payloads = copy.block_ids, copy.offsets + segment.data_ptr()

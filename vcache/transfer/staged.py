@@ -1,28 +1,94 @@
-"""Payloads that came into staging memory, on their way into the engine's planes, wherever these are."""
+"""Copies between planes and payloads that lie on different kinds of device: by way of a small buffer on the planes' device.
+
+A GPU's planes meet host memory in this way: segments of tier DRAM, and payloads that came from a store or from another host.
+Serving engines leave little VRAM free, so the buffer is small, and smaller where not even that is to be had. What a segment
+in host memory holds is never touched by a kernel: nothing is pinned, and all is done when a call returns.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
 from vcache.paged_kv import PagedKV
-from vcache.transfer import scatter
-from vcache.transfer.checks import Int64Array
+from vcache.transfer.checks import CheckedCopy, Int64Array
+
+#: What a call takes of the planes' device, unless a single payload is larger.
+BUFFER_BYTES: Final = 32 << 20
+
+#: Gathers into, or scatters from, memory on the planes' device.
+Direct = Callable[[PagedKV, Int64Array, torch.Tensor, Int64Array], None]
 
 
-def scatter_staged(
-    kv: PagedKV, block_ids: Int64Array, staging: torch.Tensor, offsets: Int64Array, *, threads: int = 0
-) -> None:
-    """As ``scatter``, from host memory, which may be used for something else when it returns.
+def gather(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
+    """Copy blocks into payloads; done when it returns. On a GPU this waits for the current stream."""
+    for piece in _pieces(kv, copy):
+        direct(kv, piece.block_ids, piece.buffer, piece.starts)
+        for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
+            segment[offset : offset + copy.payload_bytes].copy_(payload)  # waits, so the buffer may be used again
 
-    For planes on a GPU this waits for the current stream.
+
+def scatter(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
+    """Copy payloads into blocks; the payloads may be used for something else when it returns, or raises.
+
+    On a GPU this waits for the current stream, so that what is validated afterwards is what was copied.
     """
-    if kv.device.type != "cuda":
-        scatter(kv, block_ids, staging, offsets, threads=threads)
+    with _awaited(kv.device):
+        for piece in _pieces(kv, copy):
+            for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
+                payload.copy_(segment[offset : offset + copy.payload_bytes], non_blocking=payload.is_cuda)
+            direct(
+                kv, piece.block_ids, piece.buffer, piece.starts
+            )  # in the stream's order: the buffer may be used again
+
+
+class _Piece(NamedTuple):
+    """A few chunks, and the buffer that their payloads pass through."""
+
+    block_ids: Int64Array
+    offsets: list[int]  # in the segment
+    starts: Int64Array  # in the buffer
+    buffer: torch.Tensor
+    payloads: list[torch.Tensor]  # those in the buffer
+
+
+def _pieces(kv: PagedKV, copy: CheckedCopy) -> Iterator[_Piece]:
+    if copy.nbytes == 0:
         return
-    nbytes = kv.payload_bytes(block_ids.shape[1])
-    payloads = torch.empty(len(offsets) * nbytes, dtype=torch.uint8, device=kv.device)
-    for index, offset in enumerate(offsets.tolist()):
-        payloads[index * nbytes : (index + 1) * nbytes].copy_(staging[offset : offset + nbytes])
-    scatter(kv, block_ids, payloads, np.arange(len(offsets), dtype=np.int64) * nbytes)
-    torch.cuda.current_stream(kv.device).synchronize()
+    nbytes = copy.payload_bytes
+    buffer = _buffer(kv.device, nbytes, count=len(copy.offsets))
+    at_once = buffer.nbytes // nbytes
+    for first in range(0, len(copy.offsets), at_once):
+        offsets = copy.offsets[first : first + at_once].tolist()
+        starts = np.arange(len(offsets), dtype=np.int64) * nbytes
+        payloads = [buffer[start : start + nbytes] for start in starts.tolist()]
+        yield _Piece(copy.block_ids[first : first + at_once], offsets, starts, buffer, payloads)
+
+
+def _buffer(device: torch.device, nbytes: int, *, count: int) -> torch.Tensor:
+    """Room for payloads of ``nbytes``: for ``count``, or as many of them as there is memory for.
+
+    Raises ``torch.OutOfMemoryError`` when there is not even room for one.
+    """
+    count = min(count, max(1, BUFFER_BYTES // nbytes))
+    while True:
+        try:
+            return torch.empty(count * nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+            count //= 2
+
+
+@contextmanager
+def _awaited(device: torch.device) -> Iterator[None]:
+    """On a GPU, leaves only once what was enqueued on the current stream has been done."""
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
