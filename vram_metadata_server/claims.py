@@ -11,7 +11,7 @@ from vcache import protocol
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.members import Session
 from vram_metadata_server.removed import RemovedInTerm
-from vram_metadata_server.reservations import NOBODY, Reservation
+from vram_metadata_server.reservations import NOBODY, UNNAMED, Reservation
 from vram_metadata_server.segments import Segment
 from vram_metadata_server.writes import MAX_GENERATION, Writes
 
@@ -90,6 +90,8 @@ class Claims:
     def _revive(self, claim: Reservation) -> None:
         """The writer may still commit, if nobody else writes this shard, and what it may be a copy of was not removed."""
         catalog = self._catalog
+        if claim.key == UNNAMED:
+            return  # an allocation: nobody commits it before it has a key
         if claim.is_copy and self._removed.covers(claim.key, claim.tenant, claim.generation):
             return
         if (

@@ -32,6 +32,7 @@ MEANING: Final = {
     "demoted": "chunks demoted from VRAM to host memory",
     "spilled": "chunks written to the store by their donors before they were evicted",
     "pulled": "chunks copied into a segment of another host, by its donor, before they were evicted",
+    "pulls_sent_on": "chunks to be pulled into a segment that then went: evicted another way",
     "demotion_failed": "chunks that a donor could not demote, write or pull: evicted all the same, unless in use",
     "demotion_timed_out": "chunks not demoted, written or pulled by the deadline: evicted all the same, unless in use",
     "expired": "entries that ended by their time to live",

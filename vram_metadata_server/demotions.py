@@ -4,7 +4,8 @@ A victim whose shard lies twice on its host just goes. Another is *demoted*: its
 segment of tier DRAM on its host, or to the store, and it is served from where it is until the copy is committed. Where there is
 neither, but room in a segment of another host, that one's donor is ordered to *pull* it: nobody writes into another host's
 segment. The victim goes when the donor says so, if nobody has taken a lease on it meanwhile. What cannot be demoted, or was not
-by a deadline, is dropped. A chunk's ranks go together.
+by a deadline, is dropped. A chunk's ranks go together. Where the segment goes that a victim was to be pulled into, the victim's
+way is chosen anew at once.
 
 Steps of the protocol's model (``tests/model``): *demote*, *demoted*. A server that restarts in between finds two placements,
 or one, in the donors' records, and begins anew.
@@ -60,6 +61,7 @@ class Demotions:
         self._by_deadline: dict[int, Demotion] = {}  # by the first of its generations
         self._began: float | None = None  # when the term did
         self._waiting: dict[Segment, None] = {}  # short of space, and not evicted from for now
+        self._pullers: dict[Segment, None] = {}  # with orders to pull, or that had some a moment ago
 
     def __len__(self) -> int:
         return len(self._by_deadline)
@@ -136,9 +138,15 @@ class Demotions:
             self._settle(placement)
 
     def tick(self, now: float) -> None:
-        """Ends the demotions whose deadline has passed, or that need not be told of any more."""
+        """Ends the demotions whose deadline has passed, or that need not be told of any more; sends on those whose puller is
+        gone."""
         if self._began is None:
             self._began = now
+        for puller in [
+            puller for puller in self._pullers if puller.state is not SegmentState.SERVING or not puller.pulling
+        ]:
+            del self._pullers[puller]
+            self._send_on(puller)
         for segment in [segment for segment in self._waiting if not self.waits(segment)]:
             del self._waiting[segment]
             self._catalog.pressure.check(segment)
@@ -162,6 +170,7 @@ class Demotions:
             self._under_way[placement.generation] = demotion
             if puller is not None:
                 puller.pull(placement)
+                self._pullers[puller] = None
             catalog.to_order[puller or placement.segment] = None
         if parent is not None:
             parent.leaving += 1
@@ -181,16 +190,38 @@ class Demotions:
         if not demotion.is_pending:
             self._end(demotion)
 
-    def _end(self, demotion: Demotion) -> None:
-        """The chunk leaves, unless it is in use, or gone already."""
+    def _send_on(self, puller: Segment) -> None:
+        """The segment is dropped, or draining: what it was to take goes another way, with a new deadline."""
+        for demotion in {
+            id(each): each for each in map(self._under_way.get, puller.pulling) if each is not None
+        }.values():
+            left = self._forget(demotion)
+            if left:
+                self._catalog.counters["pulls_sent_on"] += 1
+            for placement in left:
+                if not _is_there(placement):
+                    continue  # its chunk was dropped
+                if demotion.entry.holds:
+                    self._catalog.policy.offer(placement)
+                else:
+                    self.evict(placement)
+            for placement in left:
+                self._catalog.pressure.check(placement.segment)
+
+    def _forget(self, demotion: Demotion) -> list[Placement]:
+        """It is under way no more; the placements that are still there."""
         del self._by_deadline[demotion.placements[0].generation]
-        is_late = demotion.is_pending
         for placement in demotion.placements:
             demotion.stop(placement)
             del self._under_way[placement.generation]
         if demotion.parent is not None:
             demotion.parent.leaving -= 1
-        left = [placement for placement in demotion.placements if _is_there(placement)]
+        return [placement for placement in demotion.placements if _is_there(placement)]
+
+    def _end(self, demotion: Demotion) -> None:
+        """The chunk leaves, unless it is in use, or gone already."""
+        is_late = demotion.is_pending
+        left = self._forget(demotion)
         if not left:
             return
         catalog = self._catalog

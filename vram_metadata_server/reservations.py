@@ -4,6 +4,7 @@ Each is in one of these states (``ReservationTable`` keeps the books, ``catalog.
 
 - *live*: the shard's key is taken; a commit makes it an entry.
 - *expired* (``live`` is false): the key is free again, a commit is refused. Record and extent stay taken: time proves nothing.
+  So is an *allocation*, from the start: it has no key until it is assigned one, which makes it live.
 - settled: there is evidence that the writer has stopped; it leaves the table, and its donor retires the record.
 
 A reservation whose segment is not registered (``segment`` is None) is a *claim*: said in a hello under a new term, or left
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from vcache.protocol import KEY_BYTES
 from vram_metadata_server.deadlines import Deadlines
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 #: The session of a writing record that nobody has claimed.
 NOBODY: Final = b""
 OUTSTANDING_PER_SESSION: Final = 4096
+#: The key of an allocation until it is assigned one. No chunk has it.
+UNNAMED: Final = bytes(KEY_BYTES)
 
 
 class Reservation(msgspec.Struct, gc=False, eq=False):
@@ -115,7 +119,7 @@ class ReservationTable:
         reservation.next = None
 
     def revive(self, reservation: Reservation, deadline: float) -> None:
-        """Gives a claim whose segment has registered its key; the caller makes it its parent's child again."""
+        """Gives a claim whose segment has registered, or an allocation, its key; the caller makes it its parent's child."""
         reservation.live = True
         reservation.deadline = deadline
         self._enlist(reservation)

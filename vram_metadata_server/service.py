@@ -7,7 +7,7 @@ recipient is the opaque name of a socket; who asks is in the request (session an
     removes.py    removals, answered when gone from memory            handover.py  registration, rebuild, the grant gate
     orders.py     what donors are to do                               members.py   sessions and liveness
     catalog.py    entries and segments, retiring                      tombstones.py  drop and clear at once, sweep later
-    demotions.py  what becomes of victims
+    demotions.py  what becomes of victims                             allocations.py  space first, keys later
 
 Each part names the steps of the protocol's model (``tests/model``) that it takes.
 """
@@ -23,6 +23,7 @@ import msgspec
 from vcache import protocol
 from vcache.protocol import Done, Error, ErrorCode, Hits, Orders, Placements, Registered, SegmentInfo, Welcome
 from vram_metadata_server import report
+from vram_metadata_server.allocations import Allocations
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.counters import Counters
 from vram_metadata_server.demotions import Demotions
@@ -67,6 +68,7 @@ class Service:
         self.catalog = Catalog(settings, POLICIES[settings.eviction_policy](), self.counters)
         self.tombstones = Tombstones(self.catalog)
         self.writes = Writes(self.catalog, self.tombstones, self.pins, term)
+        self.allocations = Allocations(self.catalog, self.writes)
         self.registrar = Registrar(self.catalog, self.tombstones, self.writes, self.members, wall_s)
         self.removes = Removes(self.catalog, self.tombstones, self.writes, self.registrar)
         self.reads = Reads(self.catalog, self.tombstones, self.leases, self.pins)
@@ -87,6 +89,8 @@ class Service:
             protocol.Acquire: self._acquire,
             protocol.Release: self._release,
             protocol.Reserve: self._reserve,
+            protocol.Allocate: self._allocate,
+            protocol.Assign: self._assign,
             protocol.Touch: self._touch,
             protocol.Pin: self._pin,
             protocol.Unpin: self._unpin,
@@ -263,6 +267,14 @@ class Service:
             raise RefusalError(ErrorCode.REFUSED, "this session said in its hello that it does not write")
         outcomes, placements = self.writes.reserve(session, request)
         return protocol.Grants(request.id, self.term, outcomes, placements, self._untold(session))
+
+    def _allocate(self, session: Session, sender: bytes, request: protocol.Allocate) -> protocol.Grants:
+        segment = self.registrar.segment_of(session, request.number)
+        outcomes, placements = self.allocations.allocate(session, segment, request)
+        return protocol.Grants(request.id, self.term, outcomes, placements, self._untold(session))
+
+    def _assign(self, session: Session, sender: bytes, request: protocol.Assign) -> protocol.Grants:
+        return protocol.Grants(request.id, self.term, self.allocations.assign(session, request), b"", [])
 
     def _touch(self, session: Session, sender: bytes, request: protocol.Touch) -> None:
         self.reads.touch(request)

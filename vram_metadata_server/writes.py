@@ -46,6 +46,12 @@ class Writes:
         if generation >= self.next_generation:
             self.next_generation = (generation + 3) & ~1
 
+    def take_generation(self) -> int:
+        """One that never was and never will be another's."""
+        generation = self.next_generation
+        self.next_generation += 2
+        return generation
+
     # --- reserve --------------------------------------------------------------------------------------------------
 
     def reserve(self, writer: Session, request: protocol.Reserve) -> tuple[bytes, bytes]:
@@ -75,7 +81,7 @@ class Writes:
                         granted.append(packed)
             outcomes.append(outcome)
             parent = key
-        self._count(outcomes)
+        self.count(outcomes)
         if best is not None:
             if Outcome.NO_SPACE in outcomes:
                 if not best.is_pulling(keys):  # what is pulled pushes nothing out
@@ -88,17 +94,20 @@ class Writes:
         return bytes(outcomes), b"".join(granted)
 
     def _standing(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
+        return self.standing(key, request.rank, request.ranks)
+
+    def standing(self, key: bytes, rank: int, ranks: int) -> Outcome:
         """``GRANTED`` when nobody has or is writing this shard."""
         catalog = self._catalog
         entry = catalog.index.get(key)
         if entry is not None and self._tombstones.sweeps:
             entry = self._find(key)
         if entry is not None:
-            if len(entry.shards) != request.ranks:
+            if len(entry.shards) != ranks:
                 return Outcome.DECLINED
-            if entry.shards[request.rank] is not None:
+            if entry.shards[rank] is not None:
                 return Outcome.EXISTS
-        return Outcome.EXISTS if catalog.reservations.live(key, request.rank) is not None else Outcome.GRANTED
+        return Outcome.EXISTS if catalog.reservations.live(key, rank) is not None else Outcome.GRANTED
 
     def _standing_of_copy(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
         """``GRANTED`` when somebody has this shard, and nobody has or is writing it where the copy is to be."""
@@ -132,8 +141,7 @@ class Writes:
             return None
         segment = able[-1]
         record, offset = found
-        generation = self.next_generation
-        self.next_generation += 2
+        generation = self.take_generation()
         catalog = self._catalog
         reservation = Reservation(
             generation=generation,
@@ -162,7 +170,8 @@ class Writes:
             log.debug("reserve %s: segment %d record %d for %s", key_text(key), segment.number, record, writer.name)
         return PLACEMENT.pack(segment.number, record, generation, offset, nbytes)
 
-    def _count(self, outcomes: bytearray) -> None:
+    def count(self, outcomes: bytearray) -> None:
+        """Counts what became of so many keys."""
         counters = self._catalog.counters
         counters["reserved"] += outcomes.count(Outcome.GRANTED)
         counters["reserve_exists"] += outcomes.count(Outcome.EXISTS)

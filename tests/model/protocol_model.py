@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from tests.model.changes import is_taken, moved, placed, reservation_of, settle, with_item, with_record, with_writer
 from tests.model.copies import call_off_copies, copy_steps, may_copy, may_revive, pull_steps
+from tests.model.own_segment import in_place_steps, is_held, late_steps
 from tests.model.state import (
     FREE,
     Donor,
@@ -38,11 +39,12 @@ def start(variant: Variant) -> State:
             *(Writer("idle", key, 1) for key in variant.keys),
             *(Writer("idle", key, 1, is_copier=True) for key in variant.copied),
             *(Writer("idle", key, 1, is_copier=True, is_puller=True) for key in variant.pulled),
+            *(Writer("idle", key, 1, is_late=True) for key in variant.late),
         ),
         donor=Donor(1),
         server=Server(
             incarnation=1, is_settled=True, is_handed_over=True, is_open=True,
-            known=frozenset(range(len(variant.keys) + len(variant.copied) + len(variant.pulled))),
+            known=frozenset(range(len([*variant.keys, *variant.copied, *variant.pulled, *variant.late]))),
         ),
         reader=Reader(),
         evictions=variant.evictions,
@@ -81,7 +83,9 @@ def _writer_steps(state: State, variant: Variant, number: int, writer: Writer) -
     elif writer.at == "asked":
         if writer.term == state.server.term:
             yield f"{name}: grant arrives", moved(state, number, writer, "granted")
-    elif writer.at in ("granted", "marked", "copied", "written", "committed"):
+    elif writer.is_late and writer.at in ("granted", "filled", "naming"):
+        yield from late_steps(state, variant, number, writer)
+    elif writer.at in ("granted", "named", "marked", "copied", "written", "committed"):
         yield from _memory_steps(state, variant, number, writer, name)
     elif writer.at == "sent":
         yield from _commit_arrives(state, variant, number, writer)
@@ -90,9 +94,10 @@ def _writer_steps(state: State, variant: Variant, number: int, writer: Writer) -
 
 
 def _memory_steps(state: State, variant: Variant, number: int, writer: Writer, name: str) -> Steps:
-    if writer.at == "granted":
+    if writer.at in ("granted", "named"):
         marked = Record(writer.generation - 1, writer.key, writer.cell)
-        yield f"{name}: marks", moved(with_record(state, writer.record, marked), number, writer, "marked")
+        after = "written" if writer.is_late else "marked"
+        yield f"{name}: marks", moved(with_record(state, writer.record, marked), number, writer, after)
     elif writer.is_copier and not writer.is_puller and writer.at in ("marked", "copied"):
         yield from copy_steps(state, variant, number, writer)
     elif writer.at == "marked":
@@ -112,7 +117,7 @@ def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Ste
     server = state.server
     if not server.is_open or writer.term != server.term:
         return
-    if not may_copy(server, writer.key) if writer.is_copier else is_taken(server, writer.key):
+    if not may_copy(server, writer.key) if writer.is_copier else is_taken(server, writer.claimed_key):
         return
     held: list[Placement | Reservation] = [*server.entries, *server.reservations]
     cells = set(range(len(state.cells))) - {holder.cell for holder in held}
@@ -123,8 +128,9 @@ def _reserve(state: State, variant: Variant, number: int, writer: Writer) -> Ste
         return
     generation, record, cell = server.next_generation, min(records), min(cells)
     reservation = Reservation(
-        generation, number, writer.key, record, cell, server.incarnation, is_live=True, is_copy=writer.is_copier
-    )
+        generation, number, "" if writer.is_late else writer.key, record, cell, server.incarnation,
+        is_live=not writer.is_late, is_copy=writer.is_copier,
+    )  # fmt: skip
     granted = server._replace(next_generation=generation + 2, reservations=server.reservations | {reservation})
     asked = writer._replace(
         at="asked", generation=generation, record=record, cell=cell, incarnation=server.incarnation,
@@ -194,16 +200,16 @@ def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps
     been found, removed and retired already. A grant of the old term that comes later is thrown away."""
     server = state.server
     server = server._replace(known=server.known | {number}, waiting=server.waiting - {number})
-    is_over = writer.at == "asked" or (writer.at == "committed" and variant.claims_only_unfinished)
+    is_over = writer.at in ("asked", "naming") or (writer.at == "committed" and variant.claims_only_unfinished)
     renewed = writer._replace(term=server.term, at="done" if is_over else writer.at)
     is_known = writer.generation in server.retired or any(p.generation == writer.generation for p in placed(server))
     if renewed.is_outstanding and not is_known:
         found = reservation_of(server, writer.generation)  # handed over as a writer at work, and nobody's until now
         claim = Reservation(
-            writer.generation, number, writer.key, writer.record, writer.cell, writer.incarnation, False,
+            writer.generation, number, writer.claimed_key, writer.record, writer.cell, writer.incarnation, False,
             is_copy=writer.is_copier,
         )  # fmt: skip
-        if server.incarnation == writer.incarnation and may_revive(server, claim):
+        if server.incarnation == writer.incarnation and claim.key and may_revive(server, claim):
             claim = claim._replace(is_live=True)
         server = server._replace(reservations=server.reservations - {found} | {claim})
     yield f"writer {writer.key}: hello", with_writer(state._replace(server=_open(server)), number, renewed)
@@ -227,6 +233,8 @@ def _donor_steps(state: State, variant: Variant) -> Steps:
     server, donor = state.server, state.donor
     if donor.term == server.term and not donor.was_dropped:
         for item in server.retiring - donor.done:
+            if is_held(state, variant, item.record):
+                continue
             found = state.records[item.record]
             after = state
             if found.generation in (item.generation, item.generation - 1):
@@ -250,6 +258,8 @@ def _register(state: State, variant: Variant) -> Steps:
     """*register*, and the scan after its answer. Under a new incarnation everything committed is retired first."""
     records, incarnation = state.records, state.donor.incarnation
     if state.donor.was_dropped and variant.retires_on_return:
+        if is_held(state, variant):
+            return
         records = tuple(Record(FREE, "", -1) if r.generation % 2 == 0 else r for r in records)
         incarnation += 1
     attached = {number for number, writer in enumerate(state.writers) if writer.is_alive}
@@ -262,7 +272,13 @@ def _register(state: State, variant: Variant) -> Steps:
     )
     for claim in server.reservations:
         is_free = may_revive(server, claim) and not claim.is_live
-        if claim.incarnation == incarnation and is_free and claim.writer >= 0 and not state.donor.was_dropped:
+        if (
+            claim.incarnation == incarnation
+            and is_free
+            and claim.key
+            and claim.writer >= 0
+            and not state.donor.was_dropped
+        ):
             revived = claim._replace(is_live=True)
             server = server._replace(reservations=server.reservations - {claim} | {revived})
     pages = tuple((at, record) for at, record in enumerate(records) if record.generation != FREE)
@@ -395,6 +411,9 @@ def _reader_steps(state: State, variant: Variant) -> Steps:
     if reader.placement is None:
         return
     placement = reader.placement
+    if variant.reads_in_place:
+        yield from in_place_steps(state, variant)
+        return
     found = state.records[placement.record]
     is_valid = (found.generation, found.key) == (placement.generation, placement.key)
     if reader.at == "acquired":

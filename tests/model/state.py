@@ -16,6 +16,8 @@ class Variant:
     keys: tuple[str, ...] = ("A", "B")  # one writer each
     copied: tuple[str, ...] = ()  # one copier each: it copies that chunk within the pool, as demotion and promotion do
     pulled: tuple[str, ...] = ()  # one puller each: it reads that chunk before it reserves space for a copy of it
+    late: tuple[str, ...] = ()  # one writer each, of the donor's process: it fills its extent before that has a key
+    reads_in_place: bool = False  # the reader is the donor's process
     records: int = 2
     cells: int = 1
     evictions: int = 1
@@ -34,6 +36,7 @@ class Variant:
     claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
     copies_check_their_source: bool = True  # after the copy; otherwise what was copied is committed as it is
     removals_call_off_copies: bool = True  # otherwise a copy under way of what is removed is committed as any write is
+    holds_keep_records: bool = True  # what the donor's process reads in place is not retired; otherwise it is
     retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
 
 
@@ -46,6 +49,7 @@ class Record(NamedTuple):
 class Writer(NamedTuple):
     """``at``: idle, asked (grant on its way), granted, marked, (copied,) written, committed, sent (commit on its way), done.
 
+    A late writer is granted, filled, naming (its key on its way), named, marked, committed, and so on.
     A puller is idle, ordered (to pull its source), staged (has the payload), proven (the record said that it is the chunk's), and then asked, and so on.
     """
 
@@ -61,14 +65,21 @@ class Writer(NamedTuple):
     source: Placement | None = None  # what a copier copies
     is_puller: bool = False  # a copier that reads first
     staged: str = ""  # what a puller has read
+    is_late: bool = False
 
     @property
     def is_outstanding(self) -> bool:
-        return self.at in ("granted", "marked", "copied", "written", "committed")
+        return self.at in ("granted", "filled", "naming", "named", "marked", "copied", "written", "committed")
+
+    @property
+    def claimed_key(self) -> str:
+        """What a hello says of it: nothing as long as it has no key."""
+        return "" if self.is_late and self.at in ("idle", "asked", "granted", "filled") else self.key
 
     @property
     def may_touch(self) -> bool:
-        return self.is_alive and self.at in ("asked", "granted", "marked", "copied", "written")
+        at_work = ("asked", "granted", "filled", "naming", "named", "marked", "copied", "written")
+        return self.is_alive and self.at in at_work
 
 
 class Reservation(NamedTuple):
@@ -123,7 +134,7 @@ class Server(NamedTuple):
 
 
 class Reader(NamedTuple):
-    at: str = "idle"  # idle, acquired, (checked,) copied, served
+    at: str = "idle"  # idle, acquired, (checked,) copied, served; in place: idle, acquired, held, reading, served
     placement: Placement | None = None
     copied: str = ""
 

@@ -24,6 +24,12 @@ HOLD = {
     "a pull, its source evicted": Variant(pulled=("A",), cells=2, restarts=0, kills=0),
     "a pull, its puller or the server killed": Variant(keys=("A",), pulled=("A",), cells=2),
     "a pull, removal and restart": Variant(keys=("A",), pulled=("A",), cells=2, removals=1, evictions=0, kills=0),
+    "space first, a key later": Variant(keys=("B",), late=("A",), silences=1, evictions=0, kills=0),
+    "space first, eviction and kill": Variant(keys=("B",), late=("A",)),
+    "space first, another writes that chunk": Variant(keys=("A",), late=("A",), cells=2, evictions=0, kills=0),
+    "read in place": Variant(reads_in_place=True, kills=0),
+    "read in place, donor silent": Variant(reads_in_place=True, silences=1, kills=0, restarts=0),
+    "read in place, removal": Variant(reads_in_place=True, removals=1, evictions=0, kills=0),
 }
 
 BREAK = {
@@ -88,6 +94,10 @@ BREAK = {
             restarts=0,
         ),
         "was removed, answered, and is back",
+    ),
+    "what is read in place is retired all the same": (
+        Variant(reads_in_place=True, holds_keep_records=False, restarts=0, kills=0),
+        "wrong bytes served",
     ),
     "a donor that was dropped hands over what it had": (
         Variant(retires_on_return=False, silences=1, removals=1, evictions=0, kills=0),

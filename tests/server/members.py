@@ -13,6 +13,7 @@ from tests.server.memory import UNIT, Record, SegmentMemory, key
 from tests.server.pulls import Pulls
 from vcache import protocol
 from vcache.protocol import PLACEMENT, Destination, ErrorCode, Outcome, RecordInfo, Tier
+from vram_metadata_server.reservations import UNNAMED
 
 if TYPE_CHECKING:
     from tests.server.world import World
@@ -204,6 +205,8 @@ class Client:
     def advance(self, write: Write) -> None:
         """The write's next step in memory, or its commit told."""
         said, memory = write.said, write.memory
+        if said.key == UNNAMED:
+            return  # an allocation: its record is marked once it has a key
         if write.step == "granted":
             expires = self.world.unix(self.world.now + said.ttl_s) if said.ttl_s else 0
             memory.records[said.record] = Record(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.server.allocating import allocate, assign, unnamed
 from tests.server.world import HOST, SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
 from vcache import protocol
 from vcache.protocol import Tier
@@ -159,6 +160,19 @@ class Pool(RuleBasedStateMachine):
         if client is not None:
             more: dict[str, Any] = {"rank": rank, "ranks": 2, "tenant": 1} if name == "C" else {}
             client.reserve([key(f"{name}{at}")], parent=key(f"{name}{at - 1}") if at else b"", into_tier=tier, **more)
+
+    @rule(pick=picks, count=st.integers(1, 3), units=st.integers(1, 2))
+    def allocate(self, pick: int, count: int, units: int) -> None:
+        donation = self.one(pick, [d for client in self.awake() for d in client.donations if d.number])
+        if donation is not None:
+            allocate(donation, count, units=units)
+
+    @rule(pick=picks, name=st.sampled_from("AB"), first=positions, count=st.integers(1, 3))
+    def assign(self, pick: int, name: str, first: int, count: int) -> None:
+        client = self.one(pick, [client for client in self.awake() if unnamed(client)])
+        if client is not None:
+            names = chain(name, first, count)[: len(unnamed(client))]
+            assign(client, names, key(f"{name}{first - 1}") if first else b"")
 
     @rule(pick=picks, steps=st.sampled_from([1, 4]))
     def advance(self, pick: int, steps: int) -> None:

@@ -371,6 +371,8 @@ class PoolClient:
             return None
         return self._calls.call(expected, make, take)
 
+    ask = _call  # for parts of the pool with requests of their own
+
     def _count_of(self, make: MakeRequest) -> int:
         return self._call(Done, make, lambda reply: reply.count) or 0
 

@@ -25,6 +25,7 @@ from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
 from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.demotion import Demoter
+from vcache.pool.holds import Holds
 from vcache.pool.pulling import open_puller
 from vcache.pool.segment import Segment
 from vcache.pool.spilling import open_spiller
@@ -72,6 +73,8 @@ class Donor:
         self, config: VCacheConfig, client: PoolClient, memory: Memory, segment_id: bytes, *, label: str = ""
     ) -> None:
         self.segment = Segment.create(memory, segment_id, records=config.segment.records)
+        #: What this process reads in place; see there.
+        self.holds = Holds(self.segment)
         self.tier = tier_of(config.segment.tier, memory.device)
         self.label = label[:MAX_LABEL_CHARS]
         self._client = client
@@ -84,6 +87,7 @@ class Donor:
         self._number = 0
         self._term = 0  # of the last registration
         self._is_ahead = False  # the segment began a new incarnation in the present session
+        self._is_stale = False  # it has to begin one before it registers
         self._pages: Iterator[RecordInfo] = iter(())
         self._sent: tuple[list[RecordInfo], bool] = ([], False)
         self._page_is_lost = False
@@ -112,6 +116,11 @@ class Donor:
     def term(self) -> int:
         """Of the server that last gave the segment a number."""
         return self._term
+
+    @property
+    def number(self) -> int:
+        """The segment's, in the present term; 0 while the server has given it none."""
+        return self._number
 
     @property
     def state(self) -> State:
@@ -163,7 +172,8 @@ class Donor:
         if self._drain_asked and not self._drained.is_set():
             self._drain()
         elif self._state is State.WAITING and self._background.term and time.monotonic() >= self._not_before:
-            self._register()
+            if not self._is_stale or self._begin_incarnation():
+                self._register()
         elif self._state is State.HANDING_OVER and self._page_is_lost:
             self._send_page()  # or it was only late: a page sent twice is harmless
         elif self._state is State.SERVING and self._announcement() != self._announced:
@@ -188,11 +198,11 @@ class Donor:
             self._puller.forget()
 
     def _retire(self, number: int, items: list[RetireItem]) -> None:
-        for item in items:
-            self.segment.retire(item.record, item.generation)
-        self._background.request(
-            lambda id_, session, term: protocol.Retired(id_, session, term, number, items), self._on_retired
-        )
+        done = self.holds.retire(items)
+        if done:
+            self._background.request(
+                lambda id_, session, term: protocol.Retired(id_, session, term, number, done), self._on_retired
+            )
 
     def _on_retired(self, reply: AnyReply | None) -> None:
         if isinstance(reply, Error):
@@ -282,6 +292,7 @@ class Donor:
             self._page_is_lost = True  # the next tick sends it again; now, it might not be sendable either
         elif self._sent[1]:
             self._state = State.SERVING
+            self.holds.open()
             self._registered.set()
             logger.info(
                 "segment %s incarnation %d (%s, %d bytes) is number %d in term %d",
@@ -309,11 +320,15 @@ class Donor:
         self._begin_incarnation()
         self._state = State.WAITING
 
-    def _begin_incarnation(self) -> None:
+    def _begin_incarnation(self) -> bool:
+        """Retires what is committed. False, and to be tried again, while this process reads some of it in place."""
         self._forget_orders()
-        self.segment.begin_incarnation()
-        self._is_ahead = True
-        self._client.mappings.adopt(self.segment)
+        self._is_stale = not self.holds.close()
+        if not self._is_stale:
+            self.segment.begin_incarnation()
+            self._is_ahead = True
+            self._client.mappings.adopt(self.segment)
+        return not self._is_stale
 
     # --- the end --------------------------------------------------------------------------------------------------
 

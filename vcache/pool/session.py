@@ -17,8 +17,21 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
-from vcache.protocol import KEY_BYTES, Grants, Hits, Outcome, Placements, Reservation, Reserve, SegmentInfo, Welcome
+from vcache.protocol import (
+    KEY_BYTES,
+    Allocate,
+    Assign,
+    Grants,
+    Hits,
+    Outcome,
+    Placements,
+    Reservation,
+    Reserve,
+    SegmentInfo,
+    Welcome,
+)
 
 PLACEMENT_DTYPE: Final = np.dtype(
     [("segment", "<u4"), ("record", "<u4"), ("generation", "<u8"), ("offset", "<u8"), ("nbytes", "<u8")]
@@ -205,6 +218,48 @@ class Session:
                 )
             outcomes = reply.outcomes.ljust(keys, bytes([Outcome.DECLINED]))
             return Granted(outcomes, placements, infos)
+
+    def allocated(self, request: Allocate, reply: Grants) -> Granted | None:
+        """As ``granted``, of space that has no keys yet."""
+        placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
+        with self._lock:
+            self._saw(reply.term, placements)
+            if not reply.term or reply.term != self.term:
+                return None
+            self._learn(reply.segments)
+            infos = self._named(placements)
+            for number, record, generation, offset, nbytes in placements.tolist():
+                if number in infos:
+                    self._held.outstanding[generation] = Reservation(
+                        segment_id=infos[number].segment_id,
+                        incarnation=infos[number].incarnation,
+                        record=record,
+                        generation=generation,
+                        key=bytes(KEY_BYTES),
+                        parent=b"",
+                        rank=0,
+                        ranks=1,
+                        tenant=request.tenant,
+                        offset=offset,
+                        nbytes=nbytes,
+                        tokens=0,
+                        ttl_s=0,
+                    )
+            return Granted(reply.outcomes, placements, infos)
+
+    def assigned(self, request: Assign, reply: Grants) -> bytes | None:
+        """An ``Outcome`` byte for each; a hello names those granted by their keys from here on."""
+        with self._lock:
+            if not reply.term or reply.term != self.term:
+                return None
+            parent = request.parent
+            for at, (generation, outcome) in enumerate(zip(request.generations, reply.outcomes, strict=True)):
+                key = request.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+                if outcome == Outcome.GRANTED:
+                    held = self._held.outstanding[generation]
+                    self._held.outstanding[generation] = replace(held, key=key, parent=parent)
+                parent = key
+            return reply.outcomes
 
     def unwanted(self, reply: Grants) -> list[int]:
         """A reply that nobody waits for any more: nothing of it was touched. What to abort of it at once."""

@@ -75,7 +75,7 @@ class Placements(Message, tag=69):
 
 
 class Grants(Message, tag=70):
-    """Answers ``Reserve``: an ``Outcome`` byte per key, and a placement for each granted one, in order."""
+    """Answers ``Reserve``, ``Allocate``, ``Assign``: an ``Outcome`` byte each, and placements of those granted, in order."""
 
     term: U63
     outcomes: bytes

@@ -164,6 +164,32 @@ class Reserve(Request, tag=11):
     into_tier: Tier | None = None
 
 
+class Allocate(Request, tag=22):
+    """Space in a segment of one's own for ``count`` payloads whose keys are not known yet; ``Assign`` gives them keys.
+
+    Answered with ``Grants``: an outcome for each, ``GRANTED``, ``NO_SPACE`` or ``DECLINED``. No key is taken and no deadline runs;
+    record and extent come back as any reservation's do, by ``Abort`` or other evidence that the writer has stopped.
+    """
+
+    number: U32
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_ITEMS_PER_PAGE)]
+    nbytes: U63  # of each payload
+    tenant: U63
+
+
+class Assign(Request, tag=23):
+    """What is in these allocations: a run of chunks of one rank, whose first has ``parent`` before it, as in ``Reserve``.
+
+    Answered with ``Grants`` without placements. ``GRANTED``: it is a reservation under that key from now on, with its deadline, and
+    its writer marks the record, commits it in memory and says so. ``EXISTS``: the pool has that chunk, or somebody writes it;
+    ``DECLINED``: the allocation is not there, or of an earlier incarnation. Both stay allocated as they were.
+    """
+
+    generations: Generations
+    keys: KeyBlob  # one for each
+    parent: ParentKey
+
+
 class Commit(Request, tag=12):
     """These records are committed in memory (one-way). Also the evidence that their writer has stopped."""
 
@@ -259,6 +285,8 @@ AnyRequest = (
     | Stats
     | Demoted
     | Pulled
+    | Allocate
+    | Assign
 )
 
 #: Requests that never get a reply, not even an error.
