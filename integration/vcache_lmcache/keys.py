@@ -7,8 +7,10 @@ than the reader expects is a miss, however equal the key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from operator import attrgetter
 from typing import Final, cast
 
 import torch
@@ -23,6 +25,12 @@ _OBJECT_DOMAIN: Final = b"vcache/lmcache-object/1"
 _ENGINE_DOMAIN: Final = b"vcache/lmcache-engine/1"
 _FORM_DOMAIN: Final = b"vcache/lmcache-form/1"
 _LAYOUT_BYTES: Final = 8
+#: What the keys of an in-process engine's chunks have in common; LMCache compares these, and the chunk's hash.
+_chain_of_chunk: Final = attrgetter("model_name", "world_size", "worker_id", "dtype", "tags")
+_chunk_hash: Final = attrgetter("chunk_hash")
+#: A prompt's chunks are named when it is looked up, loaded and stored: hashing once is half the time of a lookup.
+_MAX_REMEMBERED: Final = 1 << 16
+_NOTHING: Final[Mapping[int, ChunkKey]] = {}
 
 
 class KeyMaker:
@@ -34,6 +42,9 @@ class KeyMaker:
     def __init__(self, namespace: str) -> None:
         self._object = _field(_OBJECT_DOMAIN) + _field(namespace)
         self._engine = _field(_ENGINE_DOMAIN) + _field(namespace)
+        self._lock = threading.Lock()
+        self._remembered: dict[tuple[object, ...], dict[int, ChunkKey]] = {}
+        self._count = 0  # at least as many as are remembered
 
     def of_objects(self, keys: Sequence[ObjectKey]) -> list[ChunkKey]:
         """Keys of MP mode's objects."""
@@ -48,16 +59,30 @@ class KeyMaker:
 
     def of_chunks(self, keys: Sequence[CacheEngineKey]) -> list[ChunkKey]:
         """Keys of the in-process engine's chunks; what LMCache's own comparison looks at is in them."""
-        made = []
-        start, of_start = b"", None
-        for key in keys:
-            chain = (key.model_name, key.world_size, key.worker_id, key.dtype, key.tags)
-            if chain != of_start:
-                tags = [text for tag in key.tags or () for text in tag]
-                fields = _fields((*chain[:-1], len(tags), *tags))
-                start, of_start = sha256(self._engine + fields).digest(), chain
-            made.append(sha256(start + b"%d" % key.chunk_hash).digest()[:KEY_BYTES])
-        return cast("list[ChunkKey]", made)
+        chains = list(map(_chain_of_chunk, keys))
+        if not chains:
+            return []
+        if chains.count(chains[0]) == len(chains):
+            return self._of_chain(chains[0], list(map(_chunk_hash, keys)))
+        return [self._of_chain(chain, [key.chunk_hash])[0] for chain, key in zip(chains, keys, strict=True)]
+
+    def _of_chain(self, chain: tuple[object, ...], hashes: Sequence[int]) -> list[ChunkKey]:
+        remembered = self._remembered.get(chain, _NOTHING)
+        try:
+            return [remembered[chunk_hash] for chunk_hash in hashes]
+        except KeyError:
+            pass
+        *fields, tags = chain
+        texts = [text for tag in cast("Sequence[tuple[object, ...]]", tags or ()) for text in tag]
+        start = sha256(self._engine + _fields((*fields, len(texts), *texts))).digest()
+        made = [cast("ChunkKey", sha256(start + b"%d" % each).digest()[:KEY_BYTES]) for each in hashes]
+        with self._lock:
+            self._count += len(made)
+            if self._count > _MAX_REMEMBERED:
+                self._remembered = {}  # a call that reads the old one goes on with it
+                self._count = len(made)
+            self._remembered.setdefault(chain, {}).update(zip(hashes, made, strict=True))
+        return made
 
 
 def chain_of(key: ObjectKey) -> tuple[str, int, int, str]:

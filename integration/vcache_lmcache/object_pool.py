@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -32,8 +32,20 @@ logger: Final = logging.getLogger(__name__)
 
 #: Where the payload of the index-th key is to go, given its size and layout word; ``None``: it is of no use there.
 TargetOf = Callable[[int, int, int], torch.Tensor | None]
+#: Takes over the hold on a payload of this process's own segment, valid for as long as it has it; false: it is of no use.
+InPlace = Callable[["Held"], bool]
 #: A batch of reads goes on behind so many keys that were not there; it was looked up before, so one is rare.
 _MAX_GAPS: Final = 16
+
+
+class Held(NamedTuple):
+    """A payload that is read where it lies: of the key at ``at``, in this process's own segment, its record held."""
+
+    at: int
+    record: int
+    offset: int
+    nbytes: int
+    layout: int
 
 
 @dataclass(frozen=True)
@@ -67,18 +79,19 @@ class ObjectPool:
         self.failures = FailureLog(logger)
         device = checked_device(options.device)
         self.client = PoolClient(self.config, device=device_name(device), writes=True, name=f"{role} pid {os.getpid()}")
-        self._donor: Donor | None = None
+        #: Of what this process donates.
+        self.donor: Donor | None = None
         try:
             if options.donate_bytes:
-                self._donor = self._donate(device, role)
+                self.donor = self._donate(device, role)
         except BaseException:
             self.client.close()
             raise
         timeout_s = self.config.client.connect_timeout
         if not self.client.wait_available(timeout_s):
             logger.warning("no metadata server at %s yet; until there is one, nothing is found", self.config.endpoint)
-        elif self._donor is not None:
-            self._donor.wait_registered(timeout_s)
+        elif self.donor is not None:
+            self.donor.wait_registered(timeout_s)
 
     @property
     def lock_s(self) -> float:
@@ -97,16 +110,23 @@ class ObjectPool:
                     break
         return hits, lease
 
-    def load(self, keys: Sequence[ChunkKey], layouts: Sequence[int], target_of: TargetOf) -> list[bool]:
+    def load(
+        self,
+        keys: Sequence[ChunkKey],
+        layouts: Sequence[int],
+        target_of: TargetOf,
+        in_place: InPlace | None = None,
+    ) -> list[bool]:
         """Copies the payloads that are there; which of them were. Only where true may a target be used.
 
-        ``layouts``: the layout word that each is expected to have. Of what lies on another host, no other is read.
+        ``layouts``: the layout word that each is expected to have. Of what lies on another host, no other is read. With
+        ``in_place``, what lies in this process's own segment is not copied: once valid it is given to that, with its hold.
         """
         loaded = [False] * len(keys)
         at = gaps = 0
         while at < len(keys) and gaps <= _MAX_GAPS and self.client.available:
             end = _end_of_run(layouts, at)
-            at += self._load_run(keys[at:end], at, layouts[at], target_of, loaded)
+            at += self._load_run(keys[at:end], at, layouts[at], target_of, in_place, loaded)
             if at < end:  # what ended the run is not there
                 at += 1
                 gaps += 1
@@ -156,8 +176,8 @@ class ObjectPool:
 
     def close(self) -> None:
         """Takes back what was donated and leaves the pool. No call may be under way. Harmless when called twice."""
-        if self._donor is not None:
-            self._donor.close()
+        if self.donor is not None:
+            self.donor.close()
         self.client.close()
 
     def _donate(self, device: torch.device, role: str) -> Donor:
@@ -169,10 +189,20 @@ class ObjectPool:
             memory.close()
             raise
 
-    def _load_run(self, part: Sequence[ChunkKey], at: int, layout: int, target_of: TargetOf, loaded: list[bool]) -> int:
+    def _load_run(
+        self,
+        part: Sequence[ChunkKey],
+        at: int,
+        layout: int,
+        target_of: TargetOf,
+        in_place: InPlace | None,
+        loaded: list[bool],
+    ) -> int:
         """Reads the leading run of ``part``, which is at ``at`` in the batch, noting in ``loaded`` what is valid; its length."""
         valid = 0
         fits = [False] * len(part)
+        held: list[Held] = []
+        donor = self.donor if in_place is not None else None
         with self.failures.contained("load"):
             read = begin_read(self.client, part, 0)
             sizes = read.placements["nbytes"].tolist()
@@ -182,6 +212,11 @@ class ObjectPool:
                 layouts = [layout] * len(chunks)
                 if isinstance(source, Segment):
                     layouts = source.layouts(records[chunks]).tolist()
+                if donor is not None and source is donor.segment:
+                    taken = [donor.holds.take(record) for record in records[chunks].tolist()]  # before it is validated
+                    rows = zip(taken, chunks.tolist(), offsets.tolist(), layouts, strict=True)
+                    held.extend(Held(c, int(records[c]), o, sizes[c], said) for is_held, c, o, said in rows if is_held)
+                    return
                 for chunk, offset, said in zip(chunks.tolist(), offsets.tolist(), layouts, strict=True):
                     target = target_of(at + chunk, sizes[chunk], said)
                     if target is not None:
@@ -192,7 +227,14 @@ class ObjectPool:
                 with torch.inference_mode():  # whoever maps a segment first, in that mode or not, it may be copied
                     read.copy_with(copy_out, layout=layout)
             finally:
-                valid = read.complete()
+                try:
+                    valid = read.complete()
+                finally:
+                    for each in held:
+                        assert donor is not None and in_place is not None
+                        fits[each.at] = each.at < valid and in_place(each._replace(at=at + each.at))
+                        if not fits[each.at]:
+                            donor.holds.release(each.record)
         loaded[at : at + valid] = fits[:valid]
         return valid
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vcache.config import VCacheConfig
@@ -35,6 +35,10 @@ class LMCacheOptions:
     device: str = "cpu:0"
     donate_bytes: int = 0
     namespace: str = ""
+
+    def without_donation(self) -> LMCacheOptions:
+        """The same, for a process that gives nothing."""
+        return replace(self, donate_bytes=0)
 
     @classmethod
     def of(cls, given: object, *, where: str) -> LMCacheOptions:

@@ -25,7 +25,7 @@ from vcache.errors import ConfigError, VCacheError
 from vcache.keys import ChunkKey, tenant_of
 from vcache_lmcache.held_keys import HeldKeys
 from vcache_lmcache.keys import KeyMaker, flat_bytes, layout_of, layout_word
-from vcache_lmcache.object_pool import NewObject, ObjectPool
+from vcache_lmcache.object_pool import InPlace, NewObject, ObjectPool
 from vcache_lmcache.options import LMCacheOptions
 
 if TYPE_CHECKING:
@@ -57,21 +57,17 @@ class VCacheBackend(StoragePluginInterface):
     ) -> None:
         super().__init__(dst_device, config, metadata, local_cpu_backend, loop)
         try:
-            options = _options(config, metadata)
-            self._pool = ObjectPool(options, role=f"lmcache worker {metadata.worker_id if metadata else 0}")
+            self._open(config, metadata)
         except VCacheError as error:
             logger.critical("VCache cannot be used as configured: %s", error)
             if loop is not None:
                 loop.call_soon_threadsafe(loop.stop)  # or the storage manager's thread keeps the process alive
             raise SystemExit(f"VCache cannot be used as configured: {error}") from error
-        model = metadata.model_name if metadata is not None else ""
         if "PYTHONHASHSEED" not in os.environ:
             logger.warning(
                 "PYTHONHASHSEED is not set: LMCache's in-process mode then names equal chunks differently in each process, and "
                 "none finds what another stored; start them all with PYTHONHASHSEED=0"
             )
-        self._tenant = tenant_of(f"lmcache\0{options.namespace}\0{model}")
-        self._keys = KeyMaker(options.namespace)
         self._pins = HeldKeys(self._pool.release)
         self._pinned: set[ChunkKey] = set()
         self._forms = Forms(metadata)
@@ -83,6 +79,26 @@ class VCacheBackend(StoragePluginInterface):
 
     def __str__(self) -> str:
         return type(self).__name__
+
+    def _open(self, config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> None:
+        """Joins the pool. Raises ``VCacheError`` for what cannot work."""
+        options = self._options(config, metadata)
+        model = metadata.model_name if metadata is not None else ""
+        self._tenant = tenant_of(f"lmcache\0{options.namespace}\0{model}")
+        self._keys = KeyMaker(options.namespace)
+        self._pool = ObjectPool(options, role=f"lmcache worker {metadata.worker_id if metadata else 0}")
+
+    def _options(self, config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> LMCacheOptions:
+        """What LMCache's configuration says of VCache. Raises ``ConfigError``."""
+        if config is None:
+            raise ConfigError("LMCache handed over no configuration")
+        if config.use_layerwise:
+            raise ConfigError(
+                "use_layerwise = true: LMCache's layer-wise load cannot skip a chunk that has gone meanwhile, so VCacheBackend "
+                "does not take part; set use_layerwise: false"
+            )
+        extra = config.extra_config or {}
+        return LMCacheOptions.of(extra.get("vcache") or {}, where="extra_config.vcache")
 
     # --- what is there --------------------------------------------------------------------------------------------
 
@@ -114,19 +130,26 @@ class VCacheBackend(StoragePluginInterface):
         on_complete_callback: Callable[[CacheEngineKey], None] | None = None,
     ) -> list[Future[None]] | None:
         """``keys`` are consecutive chunks of a prompt; their memory is free again once the put is done."""
+        keys, objs = list(keys), list(objs)
         chunk_keys = self._keys.of_chunks(keys)
         for obj in objs:
             obj.ref_count_up()
+        put = self._submit_put(chunk_keys, lambda: self._put(keys, chunk_keys, objs, on_complete_callback))
+        if put is None:
+            for obj in objs:
+                obj.ref_count_down()
+        return [put] if put is not None else None
+
+    def _submit_put(self, chunk_keys: Sequence[ChunkKey], work: Callable[[], None]) -> Future[None] | None:
+        """Has the put done behind those before it; what asks for these keys waits for it. ``None``: this is closed."""
         with self._puts_lock:
             try:
-                put = self._putting.submit(self._put, list(keys), chunk_keys, list(objs), on_complete_callback)
-            except RuntimeError:  # closed
-                for obj in objs:
-                    obj.ref_count_down()
+                put = self._putting.submit(work)
+            except RuntimeError:
                 return None
             self._puts.update(dict.fromkeys(chunk_keys, put))
         put.add_done_callback(lambda done: self._put_is_over(chunk_keys, done))
-        return [put]
+        return put
 
     def _put_is_over(self, chunk_keys: Sequence[ChunkKey], put: Future[None]) -> None:
         with self._puts_lock:
@@ -152,9 +175,15 @@ class VCacheBackend(StoragePluginInterface):
         finally:
             for obj in objs:
                 obj.ref_count_down()
-        for engine_key in keys if on_complete_callback is not None else ():
+        if on_complete_callback is not None:
+            self._say_complete(keys, on_complete_callback)
+
+    def _say_complete(
+        self, keys: Sequence[CacheEngineKey], on_complete_callback: Callable[[CacheEngineKey], None]
+    ) -> None:
+        for key in keys:
             with self._pool.failures.contained("on_complete_callback"):
-                on_complete_callback(engine_key)  # type: ignore[misc] # it is none only where there is no key
+                on_complete_callback(key)
 
     def _outlive_puts(self, allocator: Any) -> None:
         """LMCache closes the allocator before its plugins: what puts under way read from would be freed under them."""
@@ -180,7 +209,7 @@ class VCacheBackend(StoragePluginInterface):
 
     def batched_get_blocking(self, keys: list[CacheEngineKey]) -> list[MemoryObj | None]:
         """An object for each key whose payload is there in a form that this engine uses; the caller's to ``ref_count_down``."""
-        allocator = self.local_cpu_backend
+        allocator = self.get_allocator_backend()
         objs: list[MemoryObj | None] = [None] * len(keys)
         if allocator is None:  # a scheduler has none: it only looks things up
             return objs
@@ -195,12 +224,17 @@ class VCacheBackend(StoragePluginInterface):
 
         chunk_keys = self._keys.of_chunks(keys)
         self._await_puts(chunk_keys)
-        loaded = self._pool.load(chunk_keys, [self._forms.whole_chunk()] * len(keys), target_of)
+        layouts = [self._forms.whole_chunk()] * len(keys)
+        loaded = self._pool.load(chunk_keys, layouts, target_of, self._in_place(objs))
         for index, obj in enumerate(objs):
             if obj is not None and not loaded[index]:
                 obj.ref_count_down()
                 objs[index] = None
         return objs
+
+    def _in_place(self, objs: list[MemoryObj | None]) -> InPlace | None:
+        """How a get answers payloads where they lie, where that is safe: see ``VCacheAllocatorBackend``."""
+        return None
 
     def get_non_blocking(self, key: CacheEngineKey, location: str | None = None) -> Future[MemoryObj | None] | None:
         return None  # LMCache asks the next backend, or for a batch
@@ -289,7 +323,7 @@ class Forms:
             prod(shape) * dtype.itemsize for shape, dtype in zip(metadata.get_shapes(1), dtypes, strict=True)
         )
         tokens, rest = divmod(nbytes, token_bytes)
-        form = metadata.get_shapes(tokens), dtypes, _format(metadata)
+        form = metadata.get_shapes(tokens), dtypes, format_of(metadata)
         if rest or layout != layout_word(*form):
             return None
         self._known[nbytes, layout] = form
@@ -300,20 +334,9 @@ class Forms:
         metadata = self._metadata
         if metadata is None:
             return 0
-        return layout_word(metadata.get_shapes(), metadata.get_dtypes(), _format(metadata))
+        return layout_word(metadata.get_shapes(), metadata.get_dtypes(), format_of(metadata))
 
 
-def _format(metadata: LMCacheMetadata) -> MemoryFormat:
+def format_of(metadata: LMCacheMetadata) -> MemoryFormat:
+    """The format of the engine's chunks."""
     return MemoryFormat.KV_MLA_FMT if metadata.use_mla else MemoryFormat.KV_2LTD
-
-
-def _options(config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> LMCacheOptions:
-    if config is None:
-        raise ConfigError("LMCache handed over no configuration")
-    if config.use_layerwise:
-        raise ConfigError(
-            "use_layerwise = true: LMCache's layer-wise load cannot skip a chunk that has gone meanwhile, so VCacheBackend does "
-            "not take part; set use_layerwise: false"
-        )
-    extra = config.extra_config or {}
-    return LMCacheOptions.of(extra.get("vcache") or {}, where="extra_config.vcache")

@@ -1,0 +1,204 @@
+"""VCacheAllocatorBackend: the pool as the allocator of LMCache's in-process mode, so that nothing is copied but the KV itself.
+
+The process donates a segment, and LMCache's chunks are computed right into it: a put gives them their keys, a get answers what
+lies in the segment where it lies. Such bytes stay what they are for as long as LMCache has a reference: the donor, which is this
+process, does not retire a record that is held (``vcache/pool/holds.py``). What lies in other segments is copied, as
+``VCacheBackend`` does it. LMCache takes the plugin of the name ``LocalCPUBackend`` for its allocator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from lmcache.utils import CacheEngineKey, get_size_bytes
+from lmcache.v1.memory_management import MemoryAllocatorInterface, MemoryFormat, MemoryObj
+from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterface
+
+from vcache.errors import CapacityError, ConfigError
+from vcache.pool.own_space import AT_ONCE, Filled, OwnSpace
+from vcache.pool.segment import EXTENT_ALIGNMENT
+from vcache.protocol import Outcome
+from vcache_lmcache.keys import layout_of
+from vcache_lmcache.object_pool import Held, InPlace
+from vcache_lmcache.options import LMCacheOptions
+from vcache_lmcache.segment_objects import SegmentAllocator, SegmentObject
+from vcache_lmcache.storage_plugin import VCacheBackend, format_of
+
+if TYPE_CHECKING:
+    from lmcache.v1.config import LMCacheEngineConfig
+    from lmcache.v1.metadata import LMCacheMetadata
+
+_NAME: Final = "LocalCPUBackend"
+
+
+class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
+    """As ``VCacheBackend``, and in place of LMCache's own host memory. Needs the option ``donate``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._space: OwnSpace | None = None
+        self._allocator: SegmentAllocator | None = None
+        super().__init__(*args, **kwargs)
+
+    def _open(self, config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> None:
+        super()._open(config, metadata)
+        donor = self._pool.donor
+        if donor is not None:
+            self._space = OwnSpace(self._pool.client, donor, tenant=self._tenant)
+            try:
+                self._allocator = SegmentAllocator(donor, self._space)
+            except CapacityError:
+                self._pool.close()
+                raise
+
+    def _options(self, config: LMCacheEngineConfig | None, metadata: LMCacheMetadata | None) -> LMCacheOptions:
+        options = super()._options(config, metadata)
+        assert config is not None
+        if _NAME not in (config.storage_plugins or ()) or config.max_local_cpu_size > 0:
+            raise ConfigError(
+                f"storage_plugins = {config.storage_plugins!r}, max_local_cpu_size = {config.max_local_cpu_size}: "
+                f"VCacheAllocatorBackend is LMCache's allocator under the name {_NAME} only, and with max_local_cpu_size: 0"
+            )
+        if config.enable_pd:
+            raise ConfigError(
+                "enable_pd = true: LMCache then has another allocator; use VCacheBackend, or enable_pd: false"
+            )
+        if metadata is not None and metadata.role == "scheduler":
+            return options.without_donation()  # it only looks things up
+        if not options.donate_bytes:
+            raise ConfigError("extra_config.vcache.donate: needed, as the memory of LMCache's chunks; such as 8GiB")
+        return options
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def initialize_allocator(self, config: LMCacheEngineConfig, metadata: LMCacheMetadata) -> MemoryAllocatorInterface:
+        return self.get_memory_allocator()
+
+    def get_memory_allocator(self) -> MemoryAllocatorInterface:
+        if self._allocator is None:
+            raise CapacityError("a scheduler's process has no memory for chunks")
+        return self._allocator
+
+    def get_allocator_backend(self) -> AllocatorBackendInterface | None:
+        return self if self._allocator is not None else None
+
+    def allocate(
+        self,
+        shapes: torch.Size | list[torch.Size],
+        dtypes: torch.dtype | list[torch.dtype],
+        fmt: MemoryFormat | None = None,
+        eviction: bool = True,
+        busy_loop: bool = True,
+    ) -> MemoryObj | None:
+        """``None`` when the segment has no room now: eviction makes some in the background, ahead of the next store."""
+        return self.get_memory_allocator().allocate(shapes, dtypes, fmt or self._format)
+
+    def batched_allocate(
+        self,
+        shapes: torch.Size | list[torch.Size],
+        dtypes: torch.dtype | list[torch.dtype],
+        batch_size: int,
+        fmt: MemoryFormat | None = None,
+        eviction: bool = True,
+        busy_loop: bool = True,
+    ) -> list[MemoryObj] | None:
+        objs: list[MemoryObj] | None
+        objs = self.get_memory_allocator().batched_allocate(shapes, dtypes, batch_size, fmt or self._format)
+        return objs
+
+    def calculate_chunk_budget(self) -> int:
+        """Chunks that fit into the segment."""
+        donor = self._pool.donor
+        if donor is None or self.metadata is None:
+            return 0
+        nbytes: int = get_size_bytes(self.metadata.get_shapes(), self.metadata.get_dtypes())
+        aligned = -(-nbytes // EXTENT_ALIGNMENT) * EXTENT_ALIGNMENT
+        return (donor.segment.nbytes - donor.segment.data_offset) // aligned
+
+    @property
+    def _format(self) -> MemoryFormat:
+        return format_of(self.metadata) if self.metadata is not None else MemoryFormat.KV_2LTD
+
+    # --- put and get ----------------------------------------------------------------------------------------------
+
+    def batched_submit_put_task(
+        self,
+        keys: Sequence[CacheEngineKey],
+        objs: list[MemoryObj],
+        transfer_spec: Any = None,
+        on_complete_callback: Callable[[CacheEngineKey], None] | None = None,
+    ) -> list[Future[None]] | None:
+        """They become chunks of the pool, where they are, once LMCache has let go of all of them; it does so next."""
+        if not all(isinstance(obj, SegmentObject) and obj.extent and obj.on_let_go is None for obj in objs):
+            return super().batched_submit_put_task(keys, objs, transfer_spec, on_complete_callback)
+        filled = [
+            Filled(obj.extent, key, layout_of(obj), obj.get_num_tokens())
+            for key, obj in zip(self._keys.of_chunks(keys), objs, strict=True)
+        ]
+        _Put(len(objs), lambda: self._store_in_place(list(keys), filled, on_complete_callback)).await_all(objs)
+        return None
+
+    def _store_in_place(
+        self,
+        keys: Sequence[CacheEngineKey],
+        filled: Sequence[Filled],
+        on_complete_callback: Callable[[CacheEngineKey], None] | None,
+    ) -> None:
+        space = self._space
+        assert space is not None
+
+        def work() -> None:
+            outcomes = [Outcome.DECLINED]
+            with self._pool.failures.contained("put"):
+                outcomes = space.store(filled)
+                if Outcome.GRANTED in outcomes:
+                    # Here, rather than when LMCache waits for it: the next prompt may be as long.
+                    space.restock(filled[0].extent.nbytes, max(len(filled), AT_ONCE))
+            if on_complete_callback is not None:
+                self._say_complete(keys, on_complete_callback)
+
+        if self._submit_put([one.key for one in filled], work) is None:
+            space.give_back([one.extent for one in filled])
+
+    def _in_place(self, objs: list[MemoryObj | None]) -> InPlace | None:
+        allocator = self._allocator
+        if allocator is None:
+            return None
+
+        def answer(held: Held) -> bool:
+            form = self._forms.of(held.nbytes, held.layout)
+            if form is not None:
+                objs[held.at] = allocator.hold(held, *form)
+            return form is not None
+
+        return answer
+
+    def close(self) -> None:
+        self._putting.shutdown(wait=True)
+        if self._space is not None and self._allocator is not None:
+            self._space.close()
+            self._allocator.close()
+        super().close()
+
+
+class _Put:
+    """A batch that is stored when the last reference to the last of its objects goes."""
+
+    def __init__(self, count: int, store: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._left = count
+        self._store = store
+
+    def await_all(self, objs: Sequence[SegmentObject]) -> None:
+        for obj in objs:
+            obj.on_let_go = self._let_go
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._store()
