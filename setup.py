@@ -10,7 +10,7 @@ setup(
         *INTEGRATIONS,
     ],
     ext_modules=[
-        Extension(name, [source], extra_compile_args=["-O3", "-std=c11"])
+        Extension(name, [source], extra_compile_args=["-O3", "-std=c11", "-pthread"], extra_link_args=["-pthread"])
         for name, source in {
             "vcache.transfer._copy_blocks": "vcache/transfer/copy_blocks.c",
             "vcache.pool._shared_index": "vcache/pool/shared_index.c",

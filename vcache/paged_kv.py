@@ -1,7 +1,6 @@
 """The engine's KV tensors seen as planes of opaque blocks.
 
-A plane is ``[num_blocks, block_bytes]``: one layer, or its K or V half. Planes of one storage that lie at a regular distance
-form a *field* ``[planes, num_blocks, block_bytes]``, so that a copy of one block in all of them is one operation.
+A plane is ``[num_blocks, block_bytes]``: one layer, or its K or V half.
 
 Not here: which block holds which token (``slots.py``), moving bytes (``transfer/``). What is inside a block is nobody's
 business: on some backends it is packed (K transposed), so blocks move whole.
@@ -20,7 +19,7 @@ import torch
 
 from vcache.block_axis import KVCaches, KVExpectation, NamedTensor, block_axes, named_tensors
 
-__all__ = ["Field", "KVCaches", "KVExpectation", "PagedKV", "Plane"]
+__all__ = ["KVCaches", "KVExpectation", "PagedKV", "Plane"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +30,6 @@ class Plane:
     address: int
     stride_bytes: int
     block_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Consecutive planes at a regular distance in one storage."""
-
-    #: uint8 view ``[planes, num_blocks, block_bytes]`` of the engine's own memory; keeps its storage alive.
-    view: torch.Tensor
-    #: Where the field begins in a payload, divided by the number of blocks of the payload.
-    bytes_before: int
 
 
 class PagedKV:
@@ -73,16 +62,17 @@ class PagedKV:
         self.block_size = block_size
         self.device: torch.device = named[0].tensor.device
         self.num_blocks: int = named[0].shape[axes[0]]
-        mapped = [(item, plane) for item, axis in zip(named, axes, strict=True) for plane in _planes(item, axis)]
         #: In the order of a payload.
-        self.planes: tuple[Plane, ...] = tuple(plane for _, plane in mapped)
+        self.planes: tuple[Plane, ...] = tuple(
+            plane for item, axis in zip(named, axes, strict=True) for plane in _planes(item, axis)
+        )
         _check_disjoint(self.planes, self.num_blocks)
         #: Bytes of one block, summed over the planes.
         self.block_bytes: int = sum(plane.block_bytes for plane in self.planes)
-        #: The same planes in the same order, as few views as their addresses allow.
-        self.fields: tuple[Field, ...] = tuple(
-            _fields([(item.tensor, plane) for item, plane in mapped], self.num_blocks)
-        )
+        #: The planes as a copy takes them: int64 ``[planes, 4]`` of address, stride, block bytes, and where the plane begins
+        #: in a payload, divided by the payload's number of blocks.
+        self.table: bytes = _table(self.planes)
+        self._storages = [item.tensor.untyped_storage() for item in named]  # kept alive, unlike the tensors
         #: What determines the order of bytes in a payload, independent of addresses and ``num_blocks``. Two caches may
         #: share payloads only if theirs are equal, so it belongs in the model's fingerprint.
         self.layout: str = _layout(named, axes)
@@ -96,13 +86,13 @@ class PagedKV:
     def without_memory(self) -> PagedKV:
         """The same mapping with nothing to copy from or to: arguments can be checked against it, no tensor is kept alive."""
         mapping = copy.copy(self)
-        mapping.fields = ()
+        mapping.table, mapping._storages = b"", []
         return mapping
 
     def describe(self) -> str:
         """One line for a log."""
         return (
-            f"{len(self.planes)} planes in {len(self.fields)} fields on {self.device}, {self.num_blocks} blocks of "
+            f"{len(self.planes)} planes on {self.device}, {self.num_blocks} blocks of "
             f"{self.block_size} tokens and {self.block_bytes} bytes in all, layout {self.layout}"
         )
 
@@ -177,39 +167,10 @@ def _check_interleaved(planes: Sequence[Plane], num_blocks: int) -> None:
         raise ValueError(f"{first} shares bytes with {second}: pass each tensor once")
 
 
-def _fields(mapped: Sequence[tuple[torch.Tensor, Plane]], num_blocks: int) -> Iterator[Field]:
-    bytes_before = 0
-    start = 0
-    while start < len(mapped):
-        end = _regular_until(mapped, start)
-        tensor, first = mapped[start]
-        distance = mapped[start + 1][1].address - first.address if end - start > 1 else 0
-        storage = tensor.untyped_storage()
-        view = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-            storage,
-            first.address - storage.data_ptr(),
-            (end - start, num_blocks, first.block_bytes),
-            (distance, first.stride_bytes, 1),
-        )
-        yield Field(view, bytes_before)
-        bytes_before += first.block_bytes * (end - start)
-        start = end
-
-
-def _regular_until(mapped: Sequence[tuple[torch.Tensor, Plane]], start: int) -> int:
-    """The end of the longest stretch from ``start`` of like planes of one storage at one positive distance."""
-    tensor, first = mapped[start]
-    storage = tensor.untyped_storage().data_ptr()
-    end = start + 1
-    while end < len(mapped):
-        other, plane = mapped[end]
-        step = plane.address - mapped[end - 1][1].address
-        distance = mapped[start + 1][1].address - first.address
-        alike = (plane.stride_bytes, plane.block_bytes) == (first.stride_bytes, first.block_bytes)
-        if not alike or other.untyped_storage().data_ptr() != storage or step != distance or step <= 0:
-            break
-        end += 1
-    return end
+def _table(planes: Sequence[Plane]) -> bytes:
+    rows = [(plane.address, plane.stride_bytes, plane.block_bytes) for plane in planes]
+    before = np.cumsum([0, *(plane.block_bytes for plane in planes)])[:-1]
+    return np.column_stack([np.array(rows, dtype=np.int64), before]).tobytes()
 
 
 def _payload_layout(layout: str) -> int:

@@ -19,7 +19,8 @@ from vcache.transfer import cpu, gather, scatter
 def _pieces_of_any_size() -> Iterator[None]:
     """Small copies too are cut up among the threads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "MIN_PIECE_BYTES", 1)
+        patch.setattr(cpu, "BYTES_PER_THREAD", 1)
+        patch.setattr(cpu, "STEP_BYTES", 1)
         yield
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vcache.paged_kv import KVExpectation, PagedKV
+from vcache.transfer import gather
 
 BF16 = torch.bfloat16
 
@@ -50,7 +53,6 @@ def test_k_and_v_apart() -> None:
 def test_layers_stacked_in_one_tensor_need_a_hint(hint: dict[str, Any]) -> None:
     kv = PagedKV(cache(3, 10, 4, 32, 128), block_size=32, **hint)
     assert summary(kv) == (3, 10, 32768)
-    assert len(kv.fields) == 1
 
 
 def test_stacked_layers_in_halves() -> None:
@@ -91,28 +93,34 @@ def test_another_layer_settles_it() -> None:
     assert summary(PagedKV([cache(2, 8, 32, 128), cache(8, 32, 576)], block_size=32))[:2] == (3, 8)
 
 
-def test_vllms_views_into_one_storage_are_one_field() -> None:
-    storage = torch.zeros(4 * 10 * 1024, dtype=torch.int8)
-    caches = {f"l{i}": storage[i * 10240 : (i + 1) * 10240].view(BF16).view(10, 2, 16, 16) for i in range(4)}
+def test_the_table_says_where_each_plane_is_and_where_it_begins_in_a_payload() -> None:
+    caches = [cache(2, 10, 16, 4, 64), cache(10, 16, 64)]
     kv = PagedKV(caches, block_size=16)
-    assert [tuple(field.view.shape) for field in kv.fields] == [(4, 10, 1024)]
-    assert kv.fields[0].view.is_contiguous()
-
-
-def test_halves_of_layers_of_their_own_are_a_field_each() -> None:
-    kv = PagedKV([cache(2, 10, 16, 4, 64), cache(2, 10, 16, 4, 64)], block_size=16)
-    assert [(tuple(field.view.shape), field.bytes_before) for field in kv.fields] == [
-        ((2, 10, 8192), 0),
-        ((2, 10, 8192), 16384),
+    first, second = (tensor.data_ptr() for tensor in caches)
+    assert np.frombuffer(kv.table, dtype=np.int64).reshape(-1, 4).tolist() == [
+        [first, 8192, 8192, 0],
+        [first + 81920, 8192, 8192, 8192],
+        [second, 2048, 2048, 16384],
     ]
 
 
-def test_fields_show_the_engines_own_memory() -> None:
-    caches = [cache(2, 4, 8, 1, 2) for _ in range(2)]
-    kv = PagedKV(caches, block_size=8)
-    kv.fields[1].view[1, 3] = 1
-    assert caches[1].view(torch.uint8)[1, 3].eq(1).all()
-    assert sum(int(tensor.view(torch.uint8).count_nonzero()) for tensor in caches) == 32
+def test_the_memory_stays_for_as_long_as_the_mapping_but_not_the_tensors() -> None:
+    tensor = cache(10, 16, 64)
+    gone = weakref.ref(tensor)
+    tensor.fill_(1)
+    kv = PagedKV([tensor], block_size=16)
+    del tensor
+    assert gone() is None
+    segment = torch.zeros(2048, dtype=torch.uint8)
+    gather(kv, np.array([[9]]), segment, np.array([0]))
+    assert segment.view(BF16).eq(1).all()
+
+
+def test_a_mapping_without_memory_copies_nothing() -> None:
+    kv = PagedKV([cache(10, 16, 64)], block_size=16).without_memory()
+    segment = torch.ones(2048, dtype=torch.uint8)
+    gather(kv, np.array([[9]]), segment, np.array([0]))
+    assert segment.eq(1).all()
 
 
 def test_heads_before_tokens_in_memory_make_another_layout() -> None:
@@ -185,7 +193,6 @@ def test_interleaved_layers_do_not_overlap() -> None:
     memory = cache(10, 3, 16, 64)  # [blocks, layers, ...]
     kv = PagedKV(list(memory.unbind(1)), block_size=16)
     assert summary(kv) == (3, 10, 2048)
-    assert len(kv.fields) == 1
 
 
 HEADS = KVExpectation.of_heads(num_layers=2, num_kv_heads=4, head_size=64, block_size=16, dtype=BF16)
@@ -226,7 +233,7 @@ def test_what_contradicts_a_hint_is_refused(name: str) -> None:
 def test_a_cache_that_fits_its_description_is_taken() -> None:
     kv = PagedKV([cache(2, 10, 16, 4, 64) for _ in range(2)], block_size=16, expect=HEADS)
     assert summary(kv) == (4, 10, 8192)
-    assert "4 planes in 2 fields" in kv.describe()
+    assert "4 planes on cpu, 10 blocks" in kv.describe()
 
 
 def test_payload_bytes() -> None:

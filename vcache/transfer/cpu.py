@@ -1,37 +1,28 @@
-"""Copies between planes and payloads in host memory, by a few threads that do not hold the GIL while they copy.
+"""Copies between planes and payloads in host memory, by a few threads that do not hold the GIL.
 
-One call of a small function in C (``copy_blocks.c``) moves a chunk's blocks in all planes of a field, with non-temporal stores.
-docs/benchmarks/notes.md has the figures, and those of the ways not taken; torch's own threads, for one, wait for each other
-within every operation, which costs most of the speed as soon as something else keeps a core busy.
+One call of a function in C (``copy_blocks.c``) moves all chunks, with non-temporal stores. docs/benchmarks/notes.md has the
+figures, and those of the ways not taken; torch's own threads, for one, wait for each other within every operation, which costs
+most of the speed as soon as something else keeps a core busy.
 """
 
 from __future__ import annotations
 
 import ctypes
-from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 
 from vcache.native import native_library
 from vcache.paged_kv import PagedKV
 from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
-from vcache.transfer.threads import default_threads, run_pieces
+from vcache.transfer.threads import LIBRARY, default_threads, helpers
 
-#: A second thread is worth waking for this much: it takes about 30 us, in which the first copies 256 KiB.
-MIN_PIECE_BYTES = 512 << 10
-#: Pieces per thread, so that threads of unequal luck end at about the same time.
-PIECES_PER_THREAD = 2
+#: What is worth another thread: waking it takes 30 to 50 us, in which a thread copies half as much.
+BYTES_PER_THREAD = 1 << 20
+#: What a thread takes at a time: little enough that all end at about the same time.
+STEP_BYTES = 256 << 10
 
-_LIBRARY: Final = "vcache.transfer._copy_blocks"
-
-
-class _Piece(NamedTuple):
-    """Blocks ``first`` to ``last`` of one chunk."""
-
-    chunk: int
-    first: int
-    last: int
+_TABLE_ROW_BYTES: Final = 32  # of ``PagedKV.table``
 
 
 def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0) -> None:
@@ -48,45 +39,28 @@ def scatter(
 
 def _copy(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, *, to_payload: bool, threads: int) -> None:
     check_one_kind(kv, segment)
-    if copy.nbytes == 0:
-        return
     chunks, per_chunk = copy.block_ids.shape
-    memory = segment.data_ptr()
-    ids = copy.block_ids.ctypes.data
-
-    def work(piece: _Piece) -> None:
-        payload = memory + int(copy.offsets[piece.chunk])
-        first_id = ids + (piece.chunk * per_chunk + piece.first) * copy.block_ids.itemsize
-        for field in kv.fields:
-            planes, _, block_bytes = field.view.shape
-            plane_stride, block_stride, _ = field.view.stride()  # of bytes: the view is uint8
-            _copy_blocks(
-                field.view.data_ptr(),
-                plane_stride,
-                planes,
-                block_stride,
-                block_bytes,
-                first_id,
-                piece.last - piece.first,
-                payload + field.bytes_before * per_chunk + piece.first * block_bytes,
-                per_chunk * block_bytes,
-                to_payload,
-            )
-
-    threads = threads or default_threads()
-    wanted = -(-threads * PIECES_PER_THREAD // chunks) if threads > 1 else 1
-    parts = max(1, min(wanted, per_chunk, copy.payload_bytes // MIN_PIECE_BYTES))
-    bounds = [per_chunk * part // parts for part in range(parts + 1)]
-    pieces = [_Piece(chunk, *ends) for chunk in range(chunks) for ends in pairwise(bounds)]
-    run_pieces(work, pieces, max(1, min(threads, copy.nbytes // MIN_PIECE_BYTES)))
+    planes = len(kv.planes)
+    _vcache_copy(
+        kv.table,
+        len(kv.table) // _TABLE_ROW_BYTES,
+        copy.block_ids.tobytes(),
+        per_chunk,
+        segment.data_ptr(),
+        copy.offsets.tobytes(),
+        chunks,
+        max(1, STEP_BYTES * planes // kv.block_bytes),
+        helpers(min(threads or default_threads(), copy.nbytes // BYTES_PER_THREAD) - 1),
+        to_payload,
+    )
 
 
 def _load() -> ctypes._NamedFuncPointer:
-    function = native_library(_LIBRARY).vcache_copy_blocks
+    function = native_library(LIBRARY).vcache_copy
     number, address = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [address, *[number] * 4, address, number, address, number, ctypes.c_int]
+    function.argtypes = [address, number, address, number, address, address, number, number, ctypes.c_int, ctypes.c_int]
     function.restype = None
     return function
 
 
-_copy_blocks = _load()
+_vcache_copy = _load()

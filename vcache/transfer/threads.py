@@ -1,24 +1,27 @@
-"""The process's few copying threads: made at the first use, gone with the process, made anew after a fork."""
+"""The process's few copying threads: made at the first use, gone with the process, made anew after a fork.
+
+They are threads of Python in name only: each waits, and copies, in one call of ``copy_blocks.c`` that never returns, so that it
+needs the GIL once in its life. What they copy is said in C as well.
+"""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
 from contextlib import suppress
 from functools import cache
-from threading import Lock
-from typing import TypeVar
+from typing import Final
 
+from vcache.native import native_library
+
+LIBRARY: Final = "vcache.transfer._copy_blocks"
 #: Threads a copy uses unless the configuration (``transfer.threads``) says otherwise: memory is the limit soon after.
-DEFAULT_THREADS = 4
-MAX_THREADS = 64
+DEFAULT_THREADS: Final = 4
+MAX_THREADS: Final = 64
 
-Piece = TypeVar("Piece")
-
-_lock = Lock()
-_pool: ThreadPoolExecutor | None = None
+_library = native_library(LIBRARY)
+_lock = threading.Lock()
+_helpers = 0
 
 
 @cache
@@ -48,52 +51,31 @@ def default_threads() -> int:
     return min(DEFAULT_THREADS, len(process_cpus()))
 
 
-def run_pieces(work: Callable[[Piece], None], pieces: Iterable[Piece], threads: int) -> None:
-    """Do ``work`` for every piece, on the calling thread and at most ``threads - 1`` others.
-
-    Each takes the next piece when it is done with its last, so one that gets no CPU delays nobody. Returns, or raises the
-    first error, only when no piece is being worked on: nothing is written afterwards.
-    """
-    waiting = deque(pieces)
-
-    def work_off() -> None:
-        try:
-            while True:
-                try:
-                    piece = waiting.popleft()
-                except IndexError:
-                    return
-                work(piece)
-        except BaseException:
-            waiting.clear()
-            raise
-
-    helpers = _start(work_off, min(threads, MAX_THREADS, len(waiting)) - 1)
-    try:
-        work_off()
-    finally:
-        begun = [helper for helper in helpers if not helper.cancel()]
-        wait(begun)
-    for helper in begun:
-        helper.result()
+def helpers(count: int) -> int:
+    """Sees to it that a copy which asks for ``count`` helpers besides its caller can have them; how many to ask for."""
+    count = max(0, min(count, MAX_THREADS - 1))
+    if count > _helpers:
+        _start(count)
+    return count
 
 
-def _start(work_off: Callable[[], None], count: int) -> list[Future[None]]:
-    global _pool
-    if count < 1:
-        return []
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(MAX_THREADS, "vcache-copy", run_anywhere)
-        try:
-            return [_pool.submit(work_off) for _ in range(count)]
-        except RuntimeError:  # the interpreter is shutting down: the caller does it all
-            return []
+def _start(count: int) -> None:
+    global _helpers
+    with _lock, suppress(RuntimeError):  # no more threads, or the interpreter is shutting down: the caller does it all
+        while _helpers < count:
+            threading.Thread(target=_help, name=f"vcache-copy-{_helpers}", daemon=True).start()
+            _helpers += 1
+
+
+def _help() -> None:
+    run_anywhere()
+    _library.vcache_copy_help()
 
 
 def _after_fork_in_child() -> None:
-    global _pool, _lock
-    _pool, _lock = None, Lock()  # the parent's threads do not exist here, and one may have held the lock
+    global _lock, _helpers
+    _lock, _helpers = threading.Lock(), 0  # the parent's threads do not exist here, and one may have held the lock
+    _library.vcache_copy_forget_helpers()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
