@@ -42,6 +42,9 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
     for spec in layer_specs(groups[0]):
         if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
             return f"a layer's KV is of the kind {type(spec).__name__}; only full attention is supported yet"
+        # So on CPUs without AMX: such a prefill looks at its own tokens only, and a loaded prefix would be passed over.
+        if type(spec) is MLAAttentionSpec and not vllm_config.scheduler_config.enable_chunked_prefill:
+            return "vLLM has chunked prefill off for latent attention (MLA): it cannot go on from a loaded prefix"
     return ""
 
 
