@@ -66,6 +66,9 @@ class Demotions:
     def __len__(self) -> int:
         return len(self._by_deadline)
 
+    def __iter__(self) -> Iterator[Demotion]:
+        return iter(self._by_deadline.values())
+
     def waits(self, segment: Segment) -> bool:
         """Whether eviction from the segment is put off: after a restart the tier below may open, or register, a little later.
 

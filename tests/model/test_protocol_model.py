@@ -23,6 +23,7 @@ HOLD = {
     "a copy, removal and restart": Variant(keys=("A",), copied=("A",), cells=2, removals=1, evictions=0, kills=0),
     "a pull, its source evicted": Variant(pulled=("A",), cells=2, restarts=0, kills=0),
     "a pull, its puller or the server killed": Variant(keys=("A",), pulled=("A",), cells=2),
+    "a pull, another takes over": Variant(keys=("A",), pulled=("A", "A"), cells=2, restarts=0),
     "a pull, removal and restart": Variant(keys=("A",), pulled=("A",), cells=2, removals=1, evictions=0, kills=0),
     "space first, a key later": Variant(keys=("B",), late=("A",), silences=1, evictions=0, kills=0),
     "space first, eviction and kill": Variant(keys=("B",), late=("A",)),

@@ -216,14 +216,73 @@ def test_whoever_dies_in_between_there_is_a_valid_copy_or_none(
     world.settle()
     world.check()
     if who == "the puller":
-        assert reader.hits(NAMES) == 3, "those that were to be pulled were dropped, later"
-        assert counted(world, "demotion_timed_out") == (2 if step == "committed" else 3)
+        assert reader.hits(NAMES) == 3, "nobody else could pull the others"
+        assert counted(world, "pulls_sent_on") == (2 if step == "committed" else 3)
+        assert counted(world, "demotion_timed_out") == 0
     else:
         assert where(world, NAMES[5]) == ({far.memory.id} if step == "committed" else set())
     assert not len(world.service.demotions)
     for segment in world.service.catalog.segments.values():
         assert not segment.pulling and not segment.demoting
         assert segment.staying_bytes == segment.used_bytes
+
+
+def goes(far: Donation, how: str) -> None:
+    """Its segment goes; known to the server when this returns."""
+    if how == "drained":
+        far.drain()
+    elif how == "gone in good order":
+        far.donor.goodbye()
+    else:
+        far.donor.kill(messages_arrive=False)
+        far.donor.world.pass_time(far.donor.world.service.settings.liveness_s + 0.1, beat_s=0.1)
+    far.donor.world.tick()
+
+
+@pytest.mark.parametrize("how", ["killed", "drained", "gone in good order"])
+@pytest.mark.parametrize("step", STEPS)
+def test_when_a_puller_goes_another_one_takes_over_at_once(
+    world: World, near: Donation, far: Donation, how: str, step: str
+) -> None:
+    fill(near)
+    world.tick()
+    advance_to(far, step)
+    third = world.donor("t", records=16, units=16, host=b"a-third-host-016", remote=b"peer-t")
+    goes(far, how)
+    assert ordered(third) == [NAMES[5], NAMES[4], NAMES[3]]
+    assert Client(world, "r").hits(NAMES) == 6, "served from where they are"
+    assert counted(world, "pulls_sent_on") == 3
+    world.settle()
+    assert [where(world, name) for name in NAMES] == [{near.memory.id}] * 3 + [{third.memory.id}] * 3
+    assert (counted(world, "pulled"), counted(world, "evicted"), counted(world, "demotion_timed_out")) == (3, 0, 0)
+    world.check()
+
+
+def test_when_a_puller_goes_and_nobody_else_pulls_its_victims_go_at_once_but_not_those_in_use(
+    world: World, near: Donation, far: Donation
+) -> None:
+    fill(near)
+    world.tick()
+    reading = Client(world, "r").acquire(NAMES[:5], lease_s=60.0)
+    goes(far, "drained")
+    assert [where(world, name) for name in NAMES] == [{near.memory.id}] * 5 + [set()]
+    assert reading.finish() == [True] * 5
+    world.settle()
+    assert Client(world, "q").hits(NAMES) == 5, "without them there is room enough"
+    assert counted(world, "demotion_timed_out") == 0
+    world.check()
+
+
+def test_when_a_puller_goes_the_own_hosts_tier_below_takes_over(world: World, near: Donation, far: Donation) -> None:
+    fill(near)
+    world.tick()
+    below = world.donor("d", records=16, units=16)
+    goes(far, "drained")
+    assert len(near.sinking) == 3
+    world.settle()
+    assert [where(world, name) for name in NAMES[3:]] == [{below.memory.id}] * 3
+    assert (counted(world, "demoted"), counted(world, "evicted")) == (3, 0)
+    world.check()
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -18,6 +18,7 @@ from vcache import protocol
 from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
 from vram_metadata_server.reservations import Reservation
+from vram_metadata_server.segments import SegmentState
 from vram_metadata_server.service import Service
 
 CHAINS = "ABC"  # chain C has two ranks and tenant 1
@@ -37,6 +38,7 @@ class Pool(RuleBasedStateMachine):
     """All on one host."""
 
     hosts: tuple[bytes, ...] = (HOST,)
+    most_donors = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class Pool(RuleBasedStateMachine):
     def donations(self) -> list[Donation]:
         return [donation for client in self.awake() for donation in client.donations]
 
-    @precondition(lambda self: sum(c.is_alive for c in self.donors) < 2)
+    @precondition(lambda self: sum(c.is_alive for c in self.donors) < self.most_donors)
     @rule()
     def add_donor(self) -> None:
         self.made += 1
@@ -429,9 +431,27 @@ class Pool(RuleBasedStateMachine):
 
 
 class TwoHosts(Pool):
-    """What one host's VRAM has no room for, the other host's donor pulls."""
+    """What one host's VRAM has no room for, a donor of the other host pulls; when its segment goes, another one does."""
 
     hosts = (HOST, OTHER_HOST)
+    most_donors = 3
+
+    @rule(pick=picks, name=st.sampled_from("AB"), steps=st.integers(0, 3), how=st.sampled_from(["goodbye", "drain"]))
+    def a_segment_fills_up_and_the_puller_goes(self, pick: int, name: str, steps: int, how: str) -> None:
+        writer = self.one(pick, [client for client in self.awake() if not client.outstanding])
+        if writer is None:
+            return
+        writer.store(chain(name, 0, LENGTH))
+        self.world.tick(drained=False)
+        puller = self.one(pick, [donation for donation in self.donations() if donation.pulls.orders])
+        if puller is None:
+            return
+        for _ in range(steps):
+            puller.pulls.advance() if puller.pulls.staged else puller.pulls.read_payload()
+        puller.donor.goodbye() if how == "goodbye" else puller.drain()
+        self.world.tick(drained=False)
+        demotions = self.world.service.demotions
+        assert all(each.puller is None or each.puller.state is SegmentState.SERVING for each in demotions)
 
 
 TestPool = Pool.TestCase
