@@ -18,7 +18,7 @@ from vcache.curve import authorized_clients, server_key_pair
 from vcache.protocol import ServerStats
 from vcache.settings_sources import setting_fields
 
-COMMANDS = ("server", "donate", "status", "config", "keys", "demo", "bench")
+COMMANDS = ("server", "donate", "status", "doctor", "config", "keys", "demo", "bench")
 
 
 def vcache(*arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def test_help_names_every_command():
     assert all(f" {command} " in text for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["server", "donate", "status", "keys", "demo", "config show"])
+@pytest.mark.parametrize("command", ["server", "donate", "status", "doctor", "keys", "demo", "config show"])
 def test_each_command_explains_itself(command):
     assert "Usage: " in vcache(*command.split(), "--help").stdout
 

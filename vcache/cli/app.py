@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import vcache
-from vcache.cli import bench, config, demo, donate, keys, mooncake, server, status
+from vcache.cli import bench, config, demo, doctor, donate, keys, mooncake, server, status
 from vcache.errors import ConfigError, VCacheError
 
 EXIT_FAILED = 1
@@ -44,6 +44,7 @@ def _options(
 app.command()(server.server)
 app.command()(donate.donate)
 app.command()(status.status)
+app.command()(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(mooncake.app, name="mooncake")
 app.command()(keys.keys)

@@ -1,0 +1,87 @@
+"""``vcache doctor`` against a real pool, without one, and with stores that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from tests.test_cli import vcache
+from vcache.config import VCacheConfig
+from vcache.doctor import State, host
+
+
+def examined(*settings: str, status: int) -> dict[str, list[dict[str, Any]]]:
+    """Findings by what they are about."""
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    done = vcache("doctor", "--json", "--timeout", "30", *chosen, status=status)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for finding in json.loads(done.stdout):
+        found.setdefault(finding["about"], []).append(finding)
+    return found
+
+
+def test_a_pool_that_works_has_no_problems(runtime_dir, processes):
+    config = VCacheConfig(runtime_dir=str(runtime_dir))
+    processes.server(config)
+    donor = processes.python("-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "32MiB", config=config)
+    donor.expect("donating")
+    found = examined(f"runtime_dir={runtime_dir}", status=0)
+    assert found["metadata server"][0]["state"] == "ok"
+    assert found["segments"][0]["detail"] == "1 serving in dram: 31.9 MiB"
+    assert found["runtime directory"][0]["state"] == found["functions in C"][0]["state"] == "ok"
+    assert found["store"][0]["state"] == "ok"
+    text = vcache("doctor", "--set", f"runtime_dir={runtime_dir}").stdout
+    assert "answers at" in text and str(runtime_dir) in text
+
+
+def test_a_missing_server_is_a_problem_with_its_remedy(runtime_dir):
+    done = vcache("doctor", "--json", "--timeout", "0.1", "--set", f"runtime_dir={runtime_dir}", status=1)
+    [finding] = [each for each in json.loads(done.stdout) if each["state"] == "problem"]
+    assert finding["about"] == "metadata server" and "`vcache server`" in finding["detail"]
+
+
+def test_stores_that_cannot_be_reached_are_problems(runtime_dir, tmp_path):
+    with socket.socket() as nobody:  # bound, and never listens
+        nobody.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{nobody.getsockname()[1]}"
+        place = f"runtime_dir={runtime_dir}"
+        chosen = [part for each in (place, f"store.mooncake.master={master}") for part in ("--set", each)]
+        done = vcache("doctor", "--json", "--timeout", "0.1", *chosen, status=1)
+    [finding] = [each for each in json.loads(done.stdout) if each["about"] == "store"]
+    assert finding["state"] == "problem" and master in finding["detail"] and "vcache mooncake start" in finding["fix"]
+    chosen = ["--set", place, "--set", f"store.files.directory={tmp_path}/not/there"]
+    done = vcache("doctor", "--json", "--timeout", "0.1", *chosen, status=1)
+    [finding] = [each for each in json.loads(done.stdout) if each["about"] == "store"]
+    assert finding["state"] == "problem" and f"{tmp_path}/not is no directory" in finding["detail"]
+
+
+def test_a_directory_of_somebody_else_and_one_on_a_disk_are_told(runtime_dir, tmp_path):
+    foreign = tmp_path / "file"
+    foreign.write_text("")
+    [finding] = list(host.examine(VCacheConfig(runtime_dir=str(foreign))))[:1]
+    assert (finding.about, finding.state) == ("runtime directory", State.PROBLEM)
+    place = tmp_path / "on-a-disk"
+    notes = [each.detail for each in host.examine(VCacheConfig(runtime_dir=str(place))) if each.state is State.NOTE]
+    on_a_disk = host._filesystem(place) not in host.MEMORY_FILESYSTEMS
+    assert any("not in memory" in note for note in notes) == on_a_disk
+    assert host._filesystem(runtime_dir) == "tmpfs"
+
+
+def test_more_than_there_is_to_donate_is_told(runtime_dir):
+    space = os.statvfs(runtime_dir)
+    config = VCacheConfig(runtime_dir=str(runtime_dir), segment={"size": space.f_blocks * space.f_frsize * 2})
+    [finding] = [each for each in host.examine(config) if each.about == "shared memory"]
+    assert finding.state is State.NOTE and "less than segment.size" in finding.detail
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_shared_between_processes(runtime_dir):
+    from vcache.doctor import gpus
+
+    found = {finding.about: finding for finding in gpus.examine(timeout_s=60)}
+    assert found["cuda:0"].state is not State.PROBLEM
+    assert found["CUDA IPC on cuda:0"].state is State.OK, found["CUDA IPC on cuda:0"].detail
