@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 
+from tests.pool.payloads import until
 from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
+from vcache.memory.allocation import allocate
+from vcache.pool.runtime_dir import RuntimeDir
 from vcache.protocol import SegmentInfo, Tier
 from vcache.remote.announcement import Announcement, announced, announcement_of
+from vcache.remote.engine_choice import links_cuda, reads_gpu_memory
+from vcache.remote.offer import open_offer
 from vcache.remote.segments import RemoteSegments
 
 WHERE = Announcement("mooncake", "10.0.0.1:15000", 1 << 47)
@@ -31,6 +38,46 @@ def test_what_another_engine_offers_is_not_read(runtime_dir):
     assert segments.use([info]) == {}
     segments.close()
     assert counts == [], "nobody failed: it was not even tried"
+
+
+class OnAGpu(NamedTuple):
+    """As much as is looked at of memory that cannot be offered."""
+
+    device: str = "GPU-2d0a2bb2-6ab8-4c5d-0000-000000000000"
+
+
+def test_a_gpus_segment_is_not_offered_by_a_build_that_cannot_read_it(runtime_dir, caplog):
+    if reads_gpu_memory():
+        pytest.skip("this Mooncake was built with CUDA")
+    config = VCacheConfig(runtime_dir=str(runtime_dir), transfer={"remote": "mooncake"})
+    assert open_offer(config, OnAGpu()) is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the segment on GPU-2d0a2bb2-6ab8-4c5d-0000-000000000000 is not offered to other hosts")
+    assert "built without CUDA" in line
+
+
+def test_a_build_with_cuda_is_known_by_what_it_links(tmp_path):
+    library = tmp_path / "engine.so"
+    library.write_bytes(b"\x7fELF...libstdc++.so.6\0libcudart.so.12\0libc.so.6\0")
+    assert links_cuda(library)
+    library.write_bytes(b"\x7fELF...libstdc++.so.6\0cuda:\0libc.so.6\0")
+    assert not links_cuda(library)
+
+
+@pytest.mark.cuda
+def test_a_gpus_segment_is_announced_or_the_log_says_why_not(runtime_dir, caplog):
+    config = VCacheConfig(runtime_dir=str(runtime_dir), transfer={"remote": "mooncake"})
+    memory = allocate(config, RuntimeDir(config.runtime_path), bytes(16), 4 << 20, device="cuda:0")
+    offer = open_offer(config, memory)
+    try:
+        until(
+            lambda: (offer is not None and offer.announcement()) or "is not offered to other hosts" in caplog.text,
+            "an announcement, or a reason",
+        )
+    finally:
+        if offer is not None:
+            offer.close()
+        memory.close()
 
 
 def test_rdma_needs_devices():

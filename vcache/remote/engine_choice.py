@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vcache.remote.base import EngineSetup
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
 def require_engine(config: VCacheConfig) -> None:
     """Raises ``ConfigError`` when what ``transfer.remote`` names is not installed."""
     require_mooncake("set transfer.remote: none")
+
+
+def reads_gpu_memory() -> bool:
+    """Whether the installed engine can read a segment on a GPU.
+
+    Mooncake can if it was built with CUDA. Another build takes the address for one in host memory, over tcp without saying
+    so, and crashes at the first read.
+    """
+    engine = importlib.util.find_spec("mooncake.engine")
+    return engine is not None and engine.origin is not None and links_cuda(Path(engine.origin))
+
+
+def links_cuda(library: Path) -> bool:
+    """Whether a shared library names CUDA's runtime among those it needs."""
+    return b"libcudart.so" in library.read_bytes()
 
 
 def engine_setup(config: VCacheConfig) -> EngineSetup:

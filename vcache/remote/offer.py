@@ -1,12 +1,16 @@
 """A donor's side: the companion that offers its segment to other hosts, and what the donor is to announce of it.
 
 The segment is in memory that both map, so a read by another host costs the donor nothing, and a donor that is busy or
-stopped is no hindrance. Torch-free: a stand-alone donor never loads it.
+stopped is no hindrance. Torch-free: a stand-alone donor of host memory never loads it.
+
+A segment on a GPU is mapped by CUDA IPC, and offered only if the engine takes it: that depends on its build and, over RDMA, on
+driver and network card. **This has not yet run on a GPU.**
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -14,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 from vcache.companion.companion import Companion
 from vcache.companion.link import LinkClosedError
 from vcache.failures import FailureLog
-from vcache.remote.engine_choice import engine_environment, engine_setup, require_engine
+from vcache.memory.base import is_host
+from vcache.remote.engine_choice import engine_environment, engine_setup, reads_gpu_memory, require_engine
 from vcache.remote.wire import DECODER, Serve
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ class Offer:
         self._memory = memory
         self._failures = FailureLog(logger)
         self._companion: Companion | None = None
+        self._was_ready = False
         self._start_at = 0.0
         self._lock = threading.Lock()
         self._closed = False
@@ -52,10 +58,15 @@ class Offer:
             try:
                 ready = self._companion.ready()
             except LinkClosedError as error:
-                self._failures.record("offer a segment to other hosts", error)
                 self._companion.kill()
                 self._companion, self._start_at = None, time.monotonic() + RESTART_S
+                if self._was_ready or is_host(self._memory.device):
+                    self._failures.record("offer a segment to other hosts", error)
+                else:  # another attempt would not end otherwise
+                    self._start_at = math.inf
+                    _not_offered(self._memory, str(error))
                 return b""
+            self._was_ready |= ready is not None
             return ready.said if ready is not None else b""
 
     def close(self) -> None:
@@ -71,7 +82,7 @@ class Offer:
         memory = self._memory
         return Companion(
             "vcache.remote.serving_process",
-            Serve(setup, str(self._config.runtime_path), memory.handle, memory.nbytes),
+            Serve(setup, str(self._config.runtime_path), memory.device, memory.handle, memory.nbytes),
             DECODER,
             fds=(),
             environment=engine_environment(self._config, setup),
@@ -80,7 +91,14 @@ class Offer:
 
 
 def open_offer(config: VCacheConfig, memory: Memory) -> Offer | None:
-    """The offer of a segment, or ``None``: ``transfer.remote`` is none, or the memory is a GPU's."""
-    if config.transfer.remote == "none" or not memory.device.startswith("cpu"):
+    """The offer of a segment, or ``None``: ``transfer.remote`` is none, or the memory is a GPU's and the engine cannot read that."""
+    if config.transfer.remote == "none":
+        return None
+    if not is_host(memory.device) and not reads_gpu_memory():
+        _not_offered(memory, "the installed Mooncake was built without CUDA; docs/remote.md says which one is")
         return None
     return Offer(config, memory)
+
+
+def _not_offered(memory: Memory, why: str) -> None:
+    logger.warning("the segment on %s is not offered to other hosts (%s)", memory.device, why)

@@ -1,8 +1,8 @@
-"""The process that offers one host segment to other hosts: it maps it, registers it with an engine, and is there.
+"""The process that offers one segment to other hosts: it maps it, registers it with an engine, and is there.
 
     python -m vcache.remote.serving_process LIFE CONTROL     (descriptors; see companion/link.py)
 
-It ends with its donor, so that readers find out at once. Torch-free.
+It ends with its donor, so that readers find out at once. Torch-free, unless the segment is on a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from vcache.companion.life import end_with
 from vcache.companion.link import Close, Failed, Link, Ready
 from vcache.errors import VCacheError
+from vcache.memory.base import is_host
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.remote.announcement import Announcement, announced
 from vcache.remote.base import open_engine
@@ -32,10 +33,16 @@ def main(arguments: list[str]) -> None:
     assert isinstance(serve, Serve)
     try:
         engine = open_engine(serve.engine)
-        mapping = _mapped(serve, read_only=engine.maps_read_only())
-        address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+        if is_host(serve.device):
+            mapping = _mapped(serve, read_only=engine.maps_read_only())
+            address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+        else:
+            from vcache.memory.cuda import CudaMemory  # loads torch, and needs CuPy
+
+            memory = CudaMemory.open(serve.handle, serve.nbytes, device=serve.device)
+            address = memory.address
         engine.register(address, serve.nbytes)
-    except (VCacheError, ImportError, OSError) as error:
+    except (VCacheError, ImportError, OSError, RuntimeError) as error:  # RuntimeError: what torch and CuPy raise
         control.send(Failed(str(error)))
         os._exit(1)
     control.send(Ready(announced(Announcement(serve.engine.kind, engine.peer, address))))

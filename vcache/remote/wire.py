@@ -11,10 +11,11 @@ from vcache.remote.base import EngineSetup
 
 
 class Serve(msgspec.Struct, array_like=True, tag=True):
-    """Be the one that offers this host segment. Its ``Ready`` says an ``Announcement``."""
+    """Be the one that offers this segment. Its ``Ready`` says an ``Announcement``."""
 
     engine: EngineSetup
     runtime_dir: str
+    device: str
     handle: bytes
     nbytes: int
 
