@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,13 @@ class Worker:
         self.child.tell(json.dumps({"do": do, **arguments}))
         answer: dict[str, Any] = json.loads(self.child.line())
         return answer
+
+    def do_all(self, commands: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Gives all commands at once, then yields the answers as they come."""
+        for command in commands:
+            self.child.tell(json.dumps(command))
+        for _ in commands:
+            yield json.loads(self.child.line())
 
 
 def donate(processes: Processes, config: VCacheConfig, size: str = "4MiB", device: str = "cpu:0") -> Child:

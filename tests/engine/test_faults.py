@@ -20,15 +20,15 @@ QUICK = {
 }
 
 
-def store(engine, tokens):
-    tensors = new_tensors(64)
+def store(engine, tokens, device="cpu"):
+    tensors = new_tensors(64, device=device)
     fill(tensors, tokens, HERE)
     engine.store(tokens, kvcaches=tensors, slot_mapping=slots_of(HERE))
 
 
-def loaded(engine, tokens):
+def loaded(engine, tokens, device="cpu"):
     """Tokens loaded; every byte is checked."""
-    tensors = new_tensors(64)
+    tensors = new_tensors(64, device=device)
     result = engine.retrieve(tokens, kvcaches=tensors, slot_mapping=slots_of(THERE)).tolist()
     count = sum(result)
     assert result == [True] * count + [False] * (len(result) - count)
@@ -86,12 +86,12 @@ def test_a_server_killed_and_restarted_under_load(start_server, start_donor, ope
     assert len(caplog.records) < 40, "one line per cause per interval"
 
 
-def test_entries_are_back_after_the_server_restarted(start_server, start_donor, open_engine, processes):
+def test_entries_are_back_after_the_server_restarted(start_server, start_donor, open_engine, processes, device):
     config, server = start_server(**QUICK)
-    start_donor(config)
-    engine = open_engine(config)
+    start_donor(config, device=device)
+    engine = open_engine(config, device=device)
     for tokens in PROMPTS:
-        store(engine, tokens)
+        store(engine, tokens, device)
     eventually(lambda: fetch_stats(config, timeout_s=5).entries == 32, "all commits arrive")
     gone = engine.keys_of(PROMPTS[0])
     assert engine.remove_keys(gone) == 4
@@ -99,7 +99,7 @@ def test_entries_are_back_after_the_server_restarted(start_server, start_donor, 
     processes.server(config)
     eventually(lambda: engine.lookup(PROMPTS[1]) == 32, "entries come back")
     eventually(lambda: serving_segments(config) == 1, "the segment is whole")
-    assert [loaded(engine, tokens) for tokens in PROMPTS] == [0] + [32] * 7
+    assert [loaded(engine, tokens, device) for tokens in PROMPTS] == [0] + [32] * 7
 
 
 def test_a_server_that_hangs_costs_misses_and_comes_back(start_server, start_donor, open_engine):
@@ -133,11 +133,11 @@ def test_a_donor_killed_under_load(start_server, start_donor, open_engine, runti
     assert len(list(runtime_dir.glob("segment-*"))) == 1
 
 
-def test_a_reader_slower_than_its_lease_reports_a_miss(start_server, start_donor, open_engine, monkeypatch):
+def test_a_reader_slower_than_its_lease_reports_a_miss(start_server, start_donor, open_engine, monkeypatch, device):
     config, _ = start_server(**{**QUICK, "client": {**QUICK["client"], "lease": "100ms"}})
-    start_donor(config, size="1MiB")
-    reader, other = open_engine(config), open_engine(config)
-    store(other, PROMPTS[0])
+    start_donor(config, size="1MiB", device=device)
+    reader, other = open_engine(config, device=device), open_engine(config, device=device)
+    store(other, PROMPTS[0], device)
     other.get_stats()  # a round trip: the commit before it has arrived
     real, found = vcache.transfer.scatter, []
 
@@ -147,18 +147,18 @@ def test_a_reader_slower_than_its_lease_reports_a_miss(start_server, start_donor
         eventually(lambda: other.get_stats()["server_leases"] == 0, "the lease runs out")
         assert other.clear() == 4
         for tokens in MANY:
-            store(other, tokens)
+            store(other, tokens, device)
         after = [bytes(segment[offset : offset + 16].tolist()) for offset in offsets.tolist()]
         found.extend(now != then for now, then in zip(after, before, strict=True))
         real(kv, block_ids, segment, offsets, **named)
 
     monkeypatch.setattr("vcache.transfer.scatter", overtaken)
-    assert loaded(reader, PROMPTS[0]) == 0
+    assert loaded(reader, PROMPTS[0], device) == 0
     assert found == [True] * 4, "the extents were overwritten, as this test needs"
     stats = reader.get_stats()
     assert (stats["hits"], stats["misses"], stats["validation_failures"], stats["failures"]) == (0, 4, 4, 0)
     monkeypatch.undo()
-    assert all(loaded(reader, tokens) in (0, 8, 16, 24, 32) for tokens in [*PROMPTS, *MANY])
+    assert all(loaded(reader, tokens, device) in (0, 8, 16, 24, 32) for tokens in [*PROMPTS, *MANY])
 
 
 def test_errors_in_the_pool_become_misses_and_one_line(pool, open_engine, monkeypatch, caplog):
