@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Mask = Sequence[bool] | npt.NDArray[np.bool_] | torch.Tensor
 
 MAX_TOKEN: Final = (1 << 31) - 1
+#: Seen as these, negative numbers are higher than any that is allowed, so that one comparison finds both.
+_UNSIGNED: Final = {np.dtype(name): np.dtype(f"u{name[-1]}") for name in ("<i4", "<i8", "<u4", "<u8")}
 #: What the wire can carry (``protocol.Seconds``).
 MAX_SECONDS: Final = 86_400.0
 #: What ``pin=True`` means.
@@ -44,11 +46,13 @@ def packed_tokens(tokens: Tokens) -> bytes | memoryview:
     values = _list_values(tokens) if isinstance(tokens, (list, tuple)) else _array_values(tokens)
     if not len(values):
         raise ValueError("tokens must not be empty")
-    low, high = int(values.min()), int(values.max())
-    if low < 0:
-        raise ValueError(f"tokens must not be negative, found {low}")
-    if high > MAX_TOKEN:
-        raise ValueError(f"tokens must fit int32 (at most {MAX_TOKEN}), found {high}")
+    unsigned = _UNSIGNED.get(values.dtype)
+    if unsigned is None or int(values.view(unsigned).max()) > MAX_TOKEN:
+        low, high = int(values.min()), int(values.max())
+        if low < 0:
+            raise ValueError(f"tokens must not be negative, found {low}")
+        if high > MAX_TOKEN:
+            raise ValueError(f"tokens must fit int32 (at most {MAX_TOKEN}), found {high}")
     return np.ascontiguousarray(values, dtype="<u4").data.cast("B")
 
 
@@ -86,7 +90,7 @@ def _array_values(tokens: object) -> npt.NDArray[Any]:
             raise ValueError(f"tokens must be a dense tensor with values, got {tokens.layout} on {tokens.device}")
         if tokens.dtype == torch.bool or tokens.dtype.is_floating_point or tokens.dtype.is_complex:
             raise ValueError(f"tokens must be integers, got {tokens.dtype}")
-        tokens = tokens.detach().cpu().numpy()
+        tokens = (tokens if tokens.is_cpu else tokens.cpu()).numpy()
     elif isinstance(tokens, array):
         tokens = np.asarray(tokens)
     elif isinstance(tokens, Sequence) and not isinstance(tokens, (str, bytes, bytearray, memoryview)):
@@ -167,7 +171,7 @@ def checked_slots(slot_mapping: object, *, length: int, device: object) -> npt.N
             raise ValueError(f"slot_mapping must be in host memory or on {device}, is on {slot_mapping.device}")
         if slot_mapping.dtype == torch.bool or slot_mapping.dtype.is_floating_point or slot_mapping.dtype.is_complex:
             raise ValueError(f"slot_mapping must be integers, got {slot_mapping.dtype}")
-        slot_mapping = slot_mapping.detach().cpu().numpy()
+        slot_mapping = (slot_mapping if slot_mapping.is_cpu else slot_mapping.cpu()).numpy()
     try:
         values = np.asarray(slot_mapping)
     except ValueError:
@@ -183,9 +187,9 @@ def checked_slots(slot_mapping: object, *, length: int, device: object) -> npt.N
 
 def check_slot_range(values: npt.NDArray[np.int64], *, first: int, slots: int) -> None:
     """Refuses a ``slot_mapping`` that from index ``first`` on holds anything but slots from 0 to ``slots - 1``."""
-    wrong = np.flatnonzero((values[first:] < 0) | (values[first:] >= slots))
-    if wrong.size:
-        index = first + int(wrong[0])
+    used = values[first:]
+    if used.size and int(used.view(np.uint64).max()) >= slots:  # of negative ones, too
+        index = first + int(np.flatnonzero((used < 0) | (used >= slots))[0])
         raise ValueError(f"slot_mapping[{index}] is {values[index]}, there are slots 0 to {slots - 1}")
 
 
@@ -219,10 +223,10 @@ def checked_blocks(block_ids: object, *, chunks: int, per_chunk: int, num_blocks
 
 def check_distinct(name: str, block_ids: npt.NDArray[np.int64]) -> None:
     """Refuses a load that would write a block twice; ``name`` is the argument the blocks come from."""
-    in_order = np.sort(block_ids, axis=None)
-    twice = np.flatnonzero(in_order[1:] == in_order[:-1])
-    if twice.size:
-        raise ValueError(f"{name} names block {in_order[twice[0]]} twice; a load writes each block once")
+    if len(set(block_ids.ravel().tolist())) < block_ids.size:
+        in_order = np.sort(block_ids, axis=None)
+        twice = in_order[1:][in_order[1:] == in_order[:-1]]
+        raise ValueError(f"{name} names block {twice[0]} twice; a load writes each block once")
 
 
 def check_keys(name: str, keys: object) -> None:

@@ -365,10 +365,10 @@ class BlockCache:
     def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
         """Bytes of these placements; of segments that the present server does not know, none."""
         moved: Counter[Tier] = Counter()
-        for number in np.unique(placements["segment"]).tolist():
+        for (number, nbytes), count in Counter(placements[["segment", "nbytes"]].tolist()).items():
             info = self._client.session.info(number)
             if info is not None:
-                moved[info.tier] += int(placements["nbytes"][placements["segment"] == number].sum())
+                moved[info.tier] += nbytes * count
         return moved
 
     def _count_outcomes(self, write: PendingWrite) -> None:

@@ -211,9 +211,9 @@ class VCacheEngine:
         chunks = pending.complete()
         if pin_s and chunks:
             self._cache.pin(plan.keys[:chunks], pin_s)
-        loaded = torch.zeros(len(tokens), dtype=torch.bool)
+        loaded = np.zeros(len(tokens), dtype=np.bool_)
         loaded[plan.skipped_tokens : plan.skipped_tokens + chunks * self.model.chunk_size] = True
-        return loaded
+        return torch.from_numpy(loaded)
 
     def prefetch(
         self,

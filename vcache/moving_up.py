@@ -79,6 +79,10 @@ class MovesUp:
         self._model = model
         self._rank = rank
 
+    def are_near(self, placements: PlacementArray) -> bool:
+        """Whether all of the placements lie in VRAM of this host."""
+        return all(map(self._is_near, set(placements["segment"].tolist())))
+
     def own_vram(self) -> list[SegmentInfo]:
         """The segments of tier vram on this process's own device."""
         client = self._client
@@ -87,13 +91,14 @@ class MovesUp:
 
     def stretches_from_afar(self, placements: PlacementArray) -> list[tuple[int, int]]:
         """(start, end) of the placements that lie elsewhere than in VRAM of this host, as stretches of neighbours."""
-        client = self._client
-        near = (Tier.VRAM, client.host)
         numbers, which = np.unique(placements["segment"], return_inverse=True)
-        infos = [client.session.info(number) for number in numbers.tolist()]
-        is_far = np.array([info is None or (info.tier, info.host) != near for info in infos])
+        is_far = np.array([not self._is_near(number) for number in numbers.tolist()])
         edges = np.flatnonzero(np.diff(np.concatenate(([False], is_far[which], [False])).astype(np.int8)))
         return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    def _is_near(self, number: int) -> bool:
+        info = self._client.session.info(number)
+        return info is not None and (info.tier, info.host) == (Tier.VRAM, self._client.host)
 
     def chunks_from_store(self, run: Run) -> int:
         """How many of ``run``'s chunks ``from_store`` should be given at once."""

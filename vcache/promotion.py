@@ -92,12 +92,9 @@ class Promotion:
     def loaded_from_pool(self, run: Run, placements: PlacementArray) -> None:
         """``run`` was read at ``placements``: what was not in VRAM of this host may be copied to this device."""
         moves = self._moves
-        if not self._hits_needed:
+        if not self._hits_needed or moves.are_near(placements) or not moves.own_vram():
             return
-        stretches = moves.stretches_from_afar(placements)
-        if not stretches or not moves.own_vram():
-            return
-        for start, end in stretches:
+        for start, end in moves.stretches_from_afar(placements):
             worth_it = self._worth_it(run.first(end).beyond(start))
             if worth_it.keys:
                 self._offer(_Errand(worth_it, moves.chunks_to_vram(run), moves.to_vram, "promoted_to_vram"))

@@ -18,22 +18,19 @@ def blocks_of_slots(
     """
     if isinstance(slot_mapping, torch.Tensor):
         slots = slot_mapping.detach().cpu().numpy() if not slot_mapping.dtype.is_floating_point else np.empty(0)
-        dtype = str(slot_mapping.dtype).removeprefix("torch.")
-        shape = tuple(slot_mapping.shape)
     else:
         slots = np.asarray(slot_mapping)
-        dtype, shape = str(slots.dtype), slots.shape
-    if slots.dtype.kind not in "iu" or len(shape) != 1:
-        raise ValueError(f"slot_mapping must be a 1-D tensor or array of integers, not {dtype} of shape {shape}")
+    if slots.dtype.kind not in "iu" or slots.ndim != 1:
+        kind, shape = str(slot_mapping.dtype).removeprefix("torch."), tuple(slot_mapping.shape)
+        raise ValueError(f"slot_mapping must be a 1-D tensor or array of integers, not {kind} of shape {shape}")
     slots = slots[first:]
     if len(slots) % block_size:
         raise ValueError(f"slot_mapping has {len(slots)} slots, not a multiple of the block size {block_size}")
     rows = slots.astype(np.int64, copy=False).reshape(-1, block_size)
     blocks = rows[:, 0] // block_size
     expected = blocks[:, None] * block_size + np.arange(block_size)
-    wrong = (rows != expected) | (rows < 0) | (rows >= num_blocks * block_size)
-    if wrong.any():
-        index = int(np.flatnonzero(wrong)[0])
+    if blocks.size and (int(blocks.view(np.uint64).max()) >= num_blocks or (rows != expected).any()):  # or negative
+        index = int(np.flatnonzero((rows != expected) | (rows < 0) | (rows >= num_blocks * block_size))[0])
         slot = int(slots[index])
         if slot == -1:
             reason = "padding: pass only the slots of real tokens"

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vcache.keys import ChunkKey
 from vcache.log import KeyText
+from vcache.memory.base import WordArray
 from vcache.pool.client import PLACEMENT_DTYPE, PlacementArray, PoolClient
 from vcache.pool.mappings import Use
 from vcache.pool.records import LAYOUT, hold, key_words
@@ -65,7 +66,8 @@ def begin_read(client: PoolClient, keys: Sequence[ChunkKey], rank: int) -> Pendi
                 uses[number] = use
         remote = client.mappings.use_remote(acquired.infos.values())
         hits = _readable(acquired.placements, {number: use.segment for number, use in uses.items()} | dict(remote))
-        client.count("unmapped_hits", len(acquired.placements) - hits)
+        if hits < len(acquired.placements):
+            client.count("unmapped_hits", len(acquired.placements) - hits)
         return PendingRead(
             client,
             keys,
@@ -79,6 +81,16 @@ def begin_read(client: PoolClient, keys: Sequence[ChunkKey], rank: int) -> Pendi
             use.release()
         client.release(acquired.lease)
         raise
+
+
+class _Part(NamedTuple):
+    """What of a run lies in one segment of this host: indices of its chunks, and their placements' columns."""
+
+    segment: Segment
+    chunks: Int64Array
+    records: Int64Array
+    generations: WordArray
+    offsets: Int64Array
 
 
 class PendingRead:
@@ -102,6 +114,7 @@ class PendingRead:
         self._keys = keys
         self._lease = lease
         self._uses = uses
+        self._parts = self._parted()
         self._remote = remote
         #: Of each chunk: its payload was copied; and, of another host's, the record read after it is the right one.
         self._copied = np.zeros(len(placements), dtype=np.bool_)
@@ -122,7 +135,10 @@ class PendingRead:
 
         Of other hosts' payloads the layout is known only once they are read: ``copy_with`` is to be told it, too.
         """
-        self._end_before_misfit((self.placements["nbytes"] == nbytes) & self._have_layout(layout))
+        fits = self.placements["nbytes"] == nbytes
+        for part in self._parts:  # what other hosts' records say comes with the payload
+            fits[part.chunks] &= part.segment.layouts(part.records) == layout
+        self._end_before_misfit(fits)
         return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
@@ -149,11 +165,9 @@ class PendingRead:
         self._copy_from_elsewhere(copy_out, layout=layout)
 
     def _copy_here(self, copy_out: CopyOut) -> None:
-        for number, use in self._uses:
-            chunks = np.flatnonzero(self.placements["segment"] == number)
-            if chunks.size:
-                copy_out(use.segment, chunks, self.placements["offset"][chunks].astype(np.int64))
-                self._copied[chunks] = True
+        for part in self._parts:
+            copy_out(part.segment, part.chunks, part.offsets)
+            self._copied[part.chunks] = True
 
     def _copy_from_elsewhere(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
         """Reads what lies on other hosts, and copies those payloads whose record says that they are what was asked for.
@@ -190,6 +204,7 @@ class PendingRead:
             fitting = int(np.argmin(fits))
             self._client.count("misfit_hits", self.hits - fitting)
             self.placements = self.placements[:fitting]
+            self._parts = self._parted()
 
     def complete(self) -> int:
         """Leading chunks whose bytes, all of them, are those of their keys. Ends the lease, with the verdict.
@@ -201,29 +216,31 @@ class PendingRead:
             invalid: list[int] = []
             try:
                 copied = self._copied[: self.hits]
-                if copied.any():
-                    valid = self._validated() & copied
+                valid = self._validated() & copied
+                if valid.all():
+                    self._valid = self.hits
+                else:
+                    self._valid = int(np.argmin(valid))
                     invalid = np.flatnonzero(copied & ~valid).tolist()
-                    self._valid = self.hits if valid.all() else int(np.argmin(valid))
             finally:
                 self._end(invalid)
         return self._valid
 
-    def _have_layout(self, layout: int) -> npt.NDArray[np.bool_]:
-        """What other hosts' records say comes with the payload."""
-        same = np.isin(self.placements["segment"], list(self._remote))
+    def _parted(self) -> list[_Part]:
+        parts = []
         for number, use in self._uses:
             chunks = np.flatnonzero(self.placements["segment"] == number)
-            same[chunks] = use.segment.layouts(self.placements["record"][chunks].astype(np.int64)) == layout
-        return same
+            if chunks.size:
+                rows = self.placements[chunks]
+                records, offsets = rows["record"].astype(np.int64), rows["offset"].astype(np.int64)
+                parts.append(_Part(use.segment, chunks, records, rows["generation"], offsets))
+        return parts
 
     def _validated(self) -> npt.NDArray[np.bool_]:
         valid = self._held[: self.hits].copy()
         keys = key_words(b"".join(self._keys[: self.hits]))
-        for number, use in self._uses:
-            chunks = np.flatnonzero(self.placements["segment"] == number)
-            rows = self.placements[chunks]
-            valid[chunks] = use.segment.matches(rows["record"].astype(np.int64), rows["generation"], keys[chunks])
+        for part in self._parts:
+            valid[part.chunks] = part.segment.matches(part.records, part.generations, keys[part.chunks])
         return valid
 
     def _end(self, invalid: list[int]) -> None:

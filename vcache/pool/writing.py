@@ -123,10 +123,11 @@ class PendingWrite:
     def mark(self) -> None:
         """Says in memory that a writer is at each record; gives back those that are not free."""
         rows = self._rows()
-        marked = np.zeros(len(rows), dtype=np.bool_)
-        for index, (number, record, *_) in enumerate(self.placements.tolist()):
-            marked[index] = self._uses[number].segment.mark(record, rows[index])
-        self._give_back(~marked, "refused_marks")
+        refused = [
+            not self._uses[number].segment.mark(record, row)
+            for (number, record, *_), row in zip(self.placements.tolist(), rows, strict=True)
+        ]
+        self._give_back(refused, "refused_marks")
 
     def copy_from(self, kv: PagedKV, block_ids: Int64Array) -> None:
         """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; within VRAM, enqueues it on the current stream.
@@ -158,18 +159,18 @@ class PendingWrite:
 
         No copy into them may be running any more. They leave ``granted`` and ``placements``.
         """
-        self._give_back(which, "lost_sources")
+        self._give_back(which.tolist(), "lost_sources")
 
     def commit_records(self) -> None:
         """Makes each payload valid, in memory."""
         for use in self._uses.values():
             use.segment.fence()
-        lost = np.zeros(len(self.placements), dtype=np.bool_)
-        for index, (number, record, generation, *_) in enumerate(self.placements.tolist()):
-            if self._uses[number].segment.commit(record, generation):
+        lost = []
+        for number, record, generation, *_ in self.placements.tolist():
+            is_committed = self._uses[number].segment.commit(record, generation)
+            if is_committed:
                 self._committed.append(generation)
-            else:
-                lost[index] = True
+            lost.append(not is_committed)
         self._client.session.committed(self._committed)
         self._give_back(lost, "lost_writes")
 
@@ -223,14 +224,15 @@ class PendingWrite:
             use = self._client.use_segment(info)
             if use is not None:
                 self._uses[number] = use
-        unmapped = np.zeros(len(self.placements), dtype=np.bool_)
-        for index, (number, _, _, offset, nbytes) in enumerate(self.placements.tolist()):
-            mapped = self._uses.get(number)
-            unmapped[index] = mapped is None or not mapped.segment.contains(offset, nbytes) or nbytes != self.nbytes
+        unmapped = []
+        for number, _, _, offset, nbytes in self.placements.tolist():
+            use = self._uses.get(number)
+            unmapped.append(use is None or not use.segment.contains(offset, nbytes) or nbytes != self.nbytes)
         self._give_back(unmapped, "unmapped_grants")
 
-    def _give_back(self, which: npt.NDArray[np.bool_], counter: str) -> None:
-        if which.any():
+    def _give_back(self, those: Sequence[bool], counter: str) -> None:
+        if any(those):
+            which = np.array(those)
             for index in self.granted[which].tolist():
                 self.outcomes[index] = Outcome.DECLINED
             self._client.count(counter, int(which.sum()))

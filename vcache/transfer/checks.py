@@ -40,10 +40,10 @@ def check_gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offs
 def check_scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array) -> CheckedCopy:
     """Check a copy of payloads into blocks. No block may be written twice; a payload may be read twice."""
     copy = _check(kv, block_ids, segment, offsets)
-    in_order = np.sort(copy.block_ids, axis=None)
-    twice = np.flatnonzero(in_order[1:] == in_order[:-1])
-    if twice.size:
-        raise ValueError(f"block_ids holds block {in_order[twice[0]]} twice; a load writes each block once")
+    if len(set(copy.block_ids.ravel().tolist())) < copy.block_ids.size:
+        in_order = np.sort(copy.block_ids, axis=None)
+        twice = in_order[1:][in_order[1:] == in_order[:-1]]
+        raise ValueError(f"block_ids holds block {twice[0]} twice; a load writes each block once")
     return copy
 
 
@@ -84,6 +84,6 @@ def _int64(name: str, values: Int64Array, *, dimensions: int) -> Int64Array:
 
 def _first_outside(values: Int64Array, limit: int) -> tuple[int, ...] | None:
     """The index of the first value that is not in ``[0, limit)``."""
-    if not values.size or (int(values.min()) >= 0 and int(values.max()) < limit):
+    if not values.size or int(values.view(np.uint64).max()) < limit:  # a negative one is very high, unsigned
         return None
     return tuple(int(i) for i in np.argwhere((values < 0) | (values >= limit))[0])
