@@ -106,6 +106,16 @@ def test_config_check_refuses_with_every_problem_on_stderr_and_status_2(tmp_path
     assert done.stdout == ""
 
 
+def test_config_check_looks_whether_this_machine_has_what_the_file_needs(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"store:\n  files:\n    directory: {tmp_path}/mount/vcache\n")
+    done = vcache("config", "check", str(path), status=2)
+    assert f"store.files.directory = '{tmp_path}/mount/vcache': {tmp_path}/mount is not there" in done.stderr
+    assert done.stdout == ""
+    (tmp_path / "mount").mkdir()
+    assert vcache("config", "check", str(path)).stdout.endswith("my.yaml: ok\n")
+
+
 def test_set_wants_a_name_and_a_value():
     assert "is not NAME=VALUE" in vcache("config", "show", "--set", "chunk_size", status=2).stderr
 

@@ -298,6 +298,20 @@ def test_a_directory_that_just_leaves_room_is_accepted():
 # --- where the server is -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("store", "kind"),
+    [
+        ({}, "none"),
+        ({"files": {"directory": "/mnt/vcache"}}, "files"),
+        ({"files": {"directory": "/mnt/vcache"}, "mooncake": {"master": "127.0.0.1:50051"}}, "mooncake"),
+        ({"kind": "files", "files": {"directory": "/mnt/vcache"}, "mooncake": {"master": "127.0.0.1:50051"}}, "files"),
+        ({"kind": "none", "files": {"directory": "/mnt/vcache"}}, "none"),
+    ],
+)
+def test_which_store_lies_below_follows_from_what_is_configured(store, kind):
+    assert VCacheConfig(store=store).store.resolved_kind == kind
+
+
 def test_the_endpoint_is_a_socket_in_the_runtime_directory_by_default():
     assert VCacheConfig().endpoint == f"ipc:///dev/shm/vcache-{os.getuid()}/server.sock"
     assert VCacheConfig(runtime_dir="/run/x").endpoint == "ipc:///run/x/server.sock"

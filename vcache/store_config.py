@@ -84,6 +84,15 @@ class StoreConfig(Section):
                 f"store.guard.probe_interval = {self.guard.probe_interval:g}s"
             )
 
+    def problems_here(self) -> Iterator[str]:
+        """What this machine lacks for it, in words for a ``ConfigError``. Looks at the disk, which may hang with a mount."""
+        directory = Path(self.files.directory)
+        if self.resolved_kind == "files" and not directory.is_dir() and not directory.parent.is_dir():
+            yield (
+                f"store.files.directory = {self.files.directory!r}: {directory.parent} is not there, and only the last level is "
+                "made by itself; mount it, or make it"
+            )
+
     def _mooncake_problems(self) -> Iterator[str]:
         host, colon, port = self.mooncake.master.rpartition(":")
         if not colon or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65_535:

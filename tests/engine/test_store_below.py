@@ -299,6 +299,8 @@ def test_a_disk_that_is_read_only_is_read(pool, open_engine, small_disk):
     assert engine.flush()
     stats = engine.get_stats()
     assert (stats["store_present"], stats["store_dropped_failed"], stats["store_failed_writes"]) == (2, 2, 2)
+    assert engine.lookup_keys(engine.keys_of(TOKENS))[:2] == (4, 0), "the pool's copies are as they were"
+    assert retrieve(engine) == 32
     engine.clear()
     assert retrieve(engine) == 16
 

@@ -77,6 +77,18 @@ def test_a_large_batch_arrives_in_parts(mooncake, opened):
     assert store.staging.free_bytes == store.staging.nbytes
 
 
+def test_with_two_replicas_the_death_of_one_owner_loses_nothing(mooncake, opened):
+    mooncake.start_master()
+    owners = [mooncake.start_owner(), mooncake.start_owner()]
+    store = opened(replicas=2, soft_pin=60)
+    await_ready(store)
+    fill(store, 8, NBYTES)
+    owners[1].kill()
+    buffers = blank(8, NBYTES)
+    wait_for(lambda: list(store.get_into(shards(8), buffers)) == [Got.LOADED] * 8, "the other replicas")
+    assert all(torch.equal(buffers[number], payload(number, NBYTES)) for number in range(8))
+
+
 def test_transfers_get_smaller_towards_the_end():
     sizes, counts = [2 << 20] * 64, []
     while sizes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from vcache.config import VCacheConfig
@@ -19,7 +21,11 @@ app = typer.Typer(help="Check and show settings.", no_args_is_help=True)
 @app.command()
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of settings.")]) -> None:
     """Check a file as this machine's environment completes it; print the result. Exit status 2 if it cannot work."""
-    _print(load_config(file))
+    config = load_config(file)
+    problems = [*config.store.problems_here(), *_not_installed(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _print(config)
     typer.echo(f"{file}: ok")
 
 
@@ -35,6 +41,17 @@ def show(
         typer.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in config.settings()}))
     else:
         _print(config)
+
+
+def _not_installed(config: VCacheConfig) -> Iterator[str]:
+    from vcache.store.mooncake_command import require_mooncake
+
+    for setting, value in (("store.kind", config.store.resolved_kind), ("transfer.remote", config.transfer.remote)):
+        if value == "mooncake":
+            try:
+                require_mooncake(f"use another {setting}")
+            except ConfigError as error:
+                yield f"{setting} = 'mooncake': {error}"
 
 
 def _print(config: VCacheConfig) -> None:
