@@ -1,11 +1,13 @@
 # The commands of this repository. Each does its own set-up: `make demo` and `make test` work on a fresh machine.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak check format bench clean environment
+.PHONY: help demo test test-all soak check format bench gpu-check clean environment
 BIN := .venv/bin
 # What the packages and their checks are made of; tests are typed less strictly.
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
+# What runs gpu-check: a Python that has torch with CUDA, Triton and CuPy.
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 # Traces for the replay benchmark, where there are any; without, a generated one is replayed.
 TRACES ?= $(wildcard ../shared/traces/*.jsonl)
 # Half of what tests do is wait for other processes. Serving engines do not, and run one after the other.
@@ -44,6 +46,9 @@ format: environment ## Format the code and repair what lint can
 
 bench: environment ## Measure; writes bench.json, bench.md and bench-plots/ (ARGS="NAME --quick", TRACES="FILE...")
 	@$(BIN)/vcache bench --json bench.json --markdown bench.md --plots bench-plots $(TRACES:%=--trace=%) $(ARGS)
+
+gpu-check: ## Prove the CUDA paths on this machine, without installing anything (ARGS="STEP --json FILE", PYTHON=...)
+	@$(PYTHON) tools/gpu_check.py $(ARGS)
 
 clean: ## Remove what was built, .venv included
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json bench.md bench-plots

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.measure import Effort, Result
 from benchmarks.report import as_markdown, show, write_json
+from vcache.errors import UnavailableError
 
 #: In the order of the table: a module of this package each, with ``run(effort) -> list[Result]``.
 BENCHMARKS = (
@@ -22,6 +23,7 @@ BENCHMARKS = (
     "store",
     "remote",
     "lookup",
+    "lmcache",
     "server",
     "evict",
     "replay",
@@ -30,27 +32,31 @@ BENCHMARKS = (
     "scheduler",
     "serving",
 )
+#: Run only when they are named.
+ON_REQUEST = ("gpu",)
 #: Columns of the table where no terminal says how wide it is.
 PLAIN_WIDTH = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the named benchmarks (all by default). Exit status: 0 all bars met, 1 one missed, 2 bad usage."""
+    """Runs the named benchmarks (by default all but those ``ON_REQUEST``). Exit status: 0 all bars met, 1 one missed, 2 bad usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    names = [name for name in options.names if name in BENCHMARKS]
-    files = [Path(name) for name in options.names if name not in BENCHMARKS]
+    known = (*BENCHMARKS, *ON_REQUEST)
+    names = [name for name in options.names if name in known]
+    files = [Path(name) for name in options.names if name not in known]
     if files and names != ["replay"]:
-        parser.error(
-            f"unknown benchmark {files[0].name!r}; there are: {', '.join(BENCHMARKS)}; files go with replay alone"
-        )
+        parser.error(f"unknown benchmark {files[0].name!r}; there are: {', '.join(known)}; files go with replay alone")
     traces = [*options.trace, *files]
     absent = [path for path in traces if not path.is_file()]
     if absent:
         parser.error(f"no such trace: {absent[0]}")
     effort = Effort.QUICK if options.quick else Effort.FULL
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
-    results = _measured(names or BENCHMARKS, effort, traces)
+    try:
+        results = _measured(names or BENCHMARKS, effort, traces)
+    except UnavailableError as error:
+        parser.error(str(error))
     show(results, console)
     if options.json:
         write_json(results, options.json)
@@ -72,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"which to run: {', '.join(BENCHMARKS)} (default: all); after replay, files of traces",
+        help=f"which to run: {', '.join(BENCHMARKS)} (default: all of these); {', '.join(ON_REQUEST)}, where there is one; "
+        "after replay, files of traces",
     )
     parser.add_argument(
         "--trace",

@@ -1,0 +1,78 @@
+"""What proves the CUDA paths, as far as a machine without a GPU can tell: it says what is missing, and its steps work on the host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import HOST, RETRIEVE, STORE, Sizes, run_on
+from benchmarks.measure import Effort
+from tests.support.processes import PATIENCE_S, REPOSITORY, child_environment
+from tools.gpu_check import EXIT_MISSING, TESTS, Check, Row, as_markdown
+
+ON_A_GPU = torch.cuda.is_available()
+
+
+def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/gpu_check.py", *arguments]
+    environment = child_environment()
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+@pytest.mark.skipif(ON_A_GPU, reason="there is a GPU here: run it")
+def test_without_a_gpu_it_says_so_and_checks_nothing():
+    done = gpu_check()
+    assert done.returncode == EXIT_MISSING and not done.stdout
+    assert "torch sees no CUDA device here" in done.stderr or "these packages are missing: cupy" in done.stderr
+    bench = [sys.executable, "-m", "benchmarks", "gpu"]
+    done = subprocess.run(bench, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "benchmark gpu: torch sees no CUDA device here" in done.stderr
+
+
+def test_an_unknown_step_is_a_usage_error():
+    done = gpu_check("kernals")
+    assert done.returncode == 2 and "there are: doctor, tests" in done.stderr
+
+
+def test_every_test_that_needs_a_gpu_is_among_those_it_runs():
+    root = Path(REPOSITORY)
+    marked = [path for path in (root / "tests").rglob("test_*.py") if "mark.cuda" in path.read_text()]
+    elsewhere = [path for path in marked if not any(path.is_relative_to(root / place) for place in TESTS)]
+    assert marked and [path for path in elsewhere if path != Path(__file__)] == []
+
+
+@pytest.mark.skipif(ON_A_GPU, reason="they would not be skipped")
+def test_a_skipped_test_has_not_passed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.gpu_check.TESTS", ("tests/transfer/test_cuda_copies.py",))
+    rows = list(Check(tmp_path, quick=True).tests())
+    assert len(rows) == 3 and not any(row.passed for row in rows)
+    assert {row.detail for row in rows} == {"no CUDA device here"}
+
+
+def test_the_step_of_two_processes_works_on_host_devices(tmp_path):
+    [row] = list(Check(tmp_path, quick=True).processes())
+    assert row.passed, row.detail
+
+
+def test_the_benchmark_of_a_gpu_runs_on_the_host():
+    tiny = Sizes(chunk_mib=(1,), chunks=(1, 2), tokens=512, layers=1, rotation_bytes=4 << 20)
+    results = list(run_on(torch.device("cpu", 0), Effort.QUICK, tiny))
+    assert {result.benchmark for result in results} == {
+        "gpu: store",
+        "gpu: retrieve",
+        "gpu: engine's store",
+        "gpu: engine's retrieve",
+    }
+    assert all(result.median > 0 for result in results)
+    assert {result.contestant for result in results} >= {STORE, RETRIEVE, HOST}
+
+
+def test_the_table_says_what_failed():
+    text = as_markdown([Row("tests", "one | two", passed=True), Row("demo", "three", passed=False, detail="why")])
+    assert "| tests | one / two | passed |  |" in text and "| demo | three | **failed** | why |" in text

@@ -1,0 +1,238 @@
+"""Proves the CUDA paths on the machine at hand: ``make gpu-check``, or ``python tools/gpu_check.py`` in a bare checkout.
+
+Needs torch with CUDA, Triton, CuPy, a C compiler and the packages of ``NEEDED``; no network and no installation. Each step is a
+process of its own, so that a fault of the device ends that step and no other. Exit status: 0 all passed, 1 one failed, 2 the
+command line is wrong, 3 there is no CUDA device, or something it needs is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree as ET
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+#: By the names they are imported by.
+NEEDED: Final = (
+    "cupy", "hypothesis", "msgspec", "numpy", "pydantic", "pydantic_settings", "pytest", "pytest_timeout", "rich", "torch",
+    "triton", "typer", "xxhash", "yaml", "zmq",
+)  # fmt: skip
+#: Where tests that need a CUDA device are.
+TESTS: Final = ("tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py")
+KERNELS: Final = "tests/transfer/test_cuda_copies.py"
+STEPS: Final = ("doctor", "tests", "processes", "demo", "bandwidth", "sanitizer")
+LIMIT_S: Final = 900
+EXIT_FAILED, EXIT_MISSING = 1, 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    step: str
+    case: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended, or was ended for taking too long."""
+
+    status: int
+    output: str
+
+    @property
+    def last_line(self) -> str:
+        return (self.output.strip().splitlines() or [""])[-1][:200]
+
+
+class Check:
+    """The steps; what they write lies in ``directory``."""
+
+    def __init__(self, directory: Path, *, quick: bool) -> None:
+        self._directory = directory
+        self._quick = quick
+        self.figures: Any = None
+
+    def doctor(self) -> Iterator[Row]:
+        """What ``vcache doctor`` says of the GPUs; there is no pool yet, and that is no fault."""
+        done = _run("-m", "vcache.cli", "doctor", "--json", "--timeout", "0.1")
+        try:
+            findings = json.loads(done.output[done.output.index("[") :])
+        except ValueError:
+            yield Row("doctor", "vcache doctor", passed=False, detail=done.last_line)
+            return
+        for finding in findings:
+            if finding["about"] not in ("metadata server", "segments"):
+                yield Row("doctor", finding["about"], finding["state"] != "problem", finding["detail"])
+
+    def tests(self) -> Iterator[Row]:
+        """The tests that need a GPU, a process for each file."""
+        options = ["-k", "not mooncake"] if find_spec("mooncake") is None else []
+        listed = _run("-m", "pytest", "--collect-only", "-q", "-m", "cuda", *options, *TESTS)
+        files = sorted({line.partition("::")[0] for line in listed.output.splitlines() if "::" in line})
+        if listed.status or not files:
+            yield Row("tests", "collection", passed=False, detail=listed.last_line)
+        for file in files:
+            report = self._directory / "tests.xml"
+            report.unlink(missing_ok=True)
+            done = _run("-m", "pytest", "-q", "-m", "cuda", *options, f"--junitxml={report}", file)
+            if not report.exists():
+                yield Row("tests", file, passed=False, detail=done.last_line)
+                continue
+            for case in ET.parse(report).iter("testcase"):
+                name = f"{Path(file).stem}: {case.get('name')}"
+                bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+                yield Row(
+                    "tests",
+                    name,
+                    not bad,
+                    str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s",
+                )
+
+    def processes(self) -> Iterator[Row]:
+        """A process stores from a GPU into its own segment, another loads from it; every byte is compared."""
+        done = _run("tests/test_cross_gpu_store_retrieve.py")
+        yield Row("processes", "store in one, load in another", done.status == 0, done.last_line)
+
+    def demo(self) -> Iterator[Row]:
+        done = _run("-m", "vcache.cli", "demo", "--no-llm")
+        yield Row("demo", "vcache demo --no-llm", done.status == 0, done.last_line)
+
+    def bandwidth(self) -> Iterator[Row]:
+        """``vcache bench gpu``: a row for each figure, failed where a bar was missed."""
+        report = self._directory / "bandwidth.json"
+        done = _run("-m", "benchmarks", "gpu", "--json", str(report), *(["--quick"] if self._quick else []))
+        if not report.exists():
+            yield Row("bandwidth", "vcache bench gpu", passed=False, detail=done.last_line)
+            return
+        self.figures = json.loads(report.read_text())
+        for figure in self.figures["results"]:
+            detail = f"{figure['median']:.4g} {figure['unit']}"
+            if figure["ratio"] is not None:
+                detail += f", {figure['ratio']:.3g} of {figure['against']}" + (
+                    f", bar {figure['bar']}" if figure["bar"] else ""
+                )
+            case = f"{figure['benchmark']}: {figure['case']}, {figure['contestant']}"
+            yield Row("bandwidth", case, figure["met"] is not False, detail)
+
+    def sanitizer(self) -> Iterator[Row]:
+        """The copies under compute-sanitizer, where it is installed."""
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            yield Row("sanitizer", "compute-sanitizer", passed=True, detail="not installed here: nothing was checked")
+            return
+        for tool in ("memcheck", "racecheck"):
+            command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+            done = _run("-m", "pytest", "-q", "-m", "cuda", "--timeout", str(LIMIT_S), KERNELS, before=command)
+            yield Row("sanitizer", tool, done.status == 0, done.last_line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"which to run: {', '.join(STEPS)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--quick", action="store_true", help="few rounds of the bandwidth step")
+    options = parser.parse_args(arguments)
+    if unknown := [step for step in options.steps if step not in STEPS]:
+        parser.error(f"unknown step {unknown[0]!r}; there are: {', '.join(STEPS)}")
+    if missing := what_is_missing():
+        print(f"gpu-check: {missing}", file=sys.stderr)
+        return EXIT_MISSING
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="vcache-gpu-check-") as directory:
+        check = Check(Path(directory), quick=options.quick)
+        for step in options.steps or STEPS:
+            begin = time.monotonic()
+            for row in getattr(check, step)():
+                rows.append(row)
+                print(f"{'passed' if row.passed else 'FAILED'}  {row.step:10} {row.case}  {row.detail}", flush=True)
+            print(f"        {step}: {time.monotonic() - begin:.0f} s", flush=True)
+    if options.json:
+        found = {"machine": machine(), "rows": [asdict(row) for row in rows], "figures": check.figures}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(as_markdown(rows))
+    failed = [row for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
+    return EXIT_FAILED if failed else 0
+
+
+def what_is_missing() -> str:
+    """Why nothing can be checked here; empty if it can."""
+    if absent := [name for name in NEEDED if find_spec(name) is None]:
+        return f"these packages are missing: {', '.join(absent)}"
+    done = _run("-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+    if done.status or done.last_line == "0":
+        return "torch sees no CUDA device here; `vcache doctor` says why"
+    libraries = ("vcache.transfer._copy_blocks", "vcache.pool._shared_index")
+    if any(find_spec(name) is None for name in libraries):
+        built = _run("setup.py", "build_ext", "--inplace")
+        if built.status:
+            return f"the functions in C cannot be built: {built.last_line}"
+    return ""
+
+
+def machine() -> dict[str, str]:
+    """The GPU, its driver, the versions of what drives it, and the day."""
+    code = (
+        "import json, torch, triton, cupy; print(json.dumps({'gpu': torch.cuda.get_device_name(0), 'torch': torch.__version__, "
+        "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cupy': cupy.__version__}))"
+    )
+    found: dict[str, str] = json.loads(_run("-c", code).last_line)
+    driver = Path("/proc/driver/nvidia/version")
+    found["driver"] = driver.read_text().splitlines()[0].strip() if driver.exists() else "unknown"
+    return {**found, "date": datetime.now(tz=UTC).date().isoformat()}
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    lines = ["| step | case | result | |", "|---|---|---|---|"]
+    for row in rows:
+        cells = (row.step, row.case, "passed" if row.passed else "**failed**", row.detail)
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run(*arguments: str, before: Sequence[str] = ()) -> Done:
+    """Runs this Python with ``arguments`` in the checkout; what it left behind is killed with it."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*before, sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            status = 124
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+        output.seek(0)
+        return Done(status, output.read())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
