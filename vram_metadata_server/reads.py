@@ -49,6 +49,22 @@ class Reads:
             self._catalog.policy.touch((self._index.whole[keys[hits - 1]],))
         return hits, 0
 
+    def locate(self, session: Session, request: protocol.Locate) -> tuple[bytes, int]:
+        """A byte for each key that says whether it is there, and the lease on those that are (0: none asked for or given)."""
+        keys = split_keys(request.keys)
+        if self._sweeps:
+            for key in keys:
+                self._bury((key,))
+        found = list(map(self._index.whole.get, keys))
+        present = [entry for entry in found if entry is not None]
+        self._counters["lookups"] += 1
+        self._counters["lookup_keys"] += len(keys)
+        self._counters["hit_keys"] += len(present)
+        # Nothing says how they belong together; of a prompt's chunks, should they be that, the last are to go first.
+        self._catalog.policy.touch(present[::-1])
+        lease = self._lease(session, present, b"", request.lease_s) if present and request.lease_s else 0
+        return bytes(map(bool, found)), lease
+
     def acquire(self, session: Session, request: protocol.Acquire) -> tuple[int, bytes]:
         """The lease on the leading run, and a placement of the rank's shard of each of its chunks."""
         run = self._index.run(self._keys(request.keys))

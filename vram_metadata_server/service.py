@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from vcache import protocol
-from vcache.protocol import Done, Error, ErrorCode, Hits, Orders, Placements, Registered, SegmentInfo, Welcome
+from vcache.protocol import Done, Error, ErrorCode, Hits, Located, Orders, Placements, Registered, SegmentInfo, Welcome
 from vram_metadata_server import report
 from vram_metadata_server.allocations import Allocations
 from vram_metadata_server.catalog import Catalog
@@ -86,6 +86,7 @@ class Service:
             protocol.Pulled: self._pulled,
             protocol.DrainSegment: self._drain,
             protocol.Lookup: self._lookup,
+            protocol.Locate: self._locate,
             protocol.Acquire: self._acquire,
             protocol.Release: self._release,
             protocol.Reserve: self._reserve,
@@ -252,12 +253,13 @@ class Service:
     # --- readers and writers --------------------------------------------------------------------------------------
 
     def _lookup(self, session: Session, sender: bytes, request: protocol.Lookup) -> Hits:
-        hits, lease = self.reads.lookup(session, request)
-        return Hits(request.id, self.term, hits, lease)
+        return Hits(request.id, self.term, *self.reads.lookup(session, request))
+
+    def _locate(self, session: Session, sender: bytes, request: protocol.Locate) -> Located:
+        return Located(request.id, self.term, *self.reads.locate(session, request))
 
     def _acquire(self, session: Session, sender: bytes, request: protocol.Acquire) -> Placements:
-        lease, placements = self.reads.acquire(session, request)
-        return Placements(request.id, self.term, lease, placements, self._untold(session))
+        return Placements(request.id, self.term, *self.reads.acquire(session, request), self._untold(session))
 
     def _release(self, session: Session, sender: bytes, request: protocol.Release) -> None:
         self.reads.release(session, request)
@@ -265,13 +267,11 @@ class Service:
     def _reserve(self, session: Session, sender: bytes, request: protocol.Reserve) -> protocol.Grants:
         if not session.writes:
             raise RefusalError(ErrorCode.REFUSED, "this session said in its hello that it does not write")
-        outcomes, placements = self.writes.reserve(session, request)
-        return protocol.Grants(request.id, self.term, outcomes, placements, self._untold(session))
+        return protocol.Grants(request.id, self.term, *self.writes.reserve(session, request), self._untold(session))
 
     def _allocate(self, session: Session, sender: bytes, request: protocol.Allocate) -> protocol.Grants:
-        segment = self.registrar.segment_of(session, request.number)
-        outcomes, placements = self.allocations.allocate(session, segment, request)
-        return protocol.Grants(request.id, self.term, outcomes, placements, self._untold(session))
+        granted = self.allocations.allocate(session, self.registrar.segment_of(session, request.number), request)
+        return protocol.Grants(request.id, self.term, *granted, self._untold(session))
 
     def _assign(self, session: Session, sender: bytes, request: protocol.Assign) -> protocol.Grants:
         return protocol.Grants(request.id, self.term, self.allocations.assign(session, request), b"", [])

@@ -80,7 +80,8 @@ class Writes:
                     else:
                         granted.append(packed)
             outcomes.append(outcome)
-            parent = key
+            if request.chained:
+                parent = key
         self.count(outcomes)
         if best is not None:
             if Outcome.NO_SPACE in outcomes:

@@ -8,7 +8,6 @@ process, does not retire a record that is held (``vcache/pool/holds.py``). What 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
@@ -131,37 +130,51 @@ class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
         transfer_spec: Any = None,
         on_complete_callback: Callable[[CacheEngineKey], None] | None = None,
     ) -> list[Future[None]] | None:
-        """They become chunks of the pool, where they are, once LMCache has let go of all of them; it does so next."""
-        if not all(isinstance(obj, SegmentObject) and obj.extent and obj.on_let_go is None for obj in objs):
+        """They become chunks of the pool where they are. LMCache writes to them no more."""
+        allocator = self._allocator
+        own = [obj for obj in objs if isinstance(obj, SegmentObject) and obj.extent is not None and obj.record < 0]
+        if allocator is None or len(own) < len(objs):
             return super().batched_submit_put_task(keys, objs, transfer_spec, on_complete_callback)
+        if not allocator.begin_put(own):
+            return None
+        engine_keys = list(keys)
         filled = [
             Filled(obj.extent, key, layout_of(obj), obj.get_num_tokens())
-            for key, obj in zip(self._keys.of_chunks(keys), objs, strict=True)
+            for obj, key in zip(own, self._keys.of_chunks(keys), strict=True)
+            if obj.extent is not None
         ]
-        _Put(len(objs), lambda: self._store_in_place(list(keys), filled, on_complete_callback)).await_all(objs)
-        return None
+        put = self._submit_put(
+            [one.key for one in filled],
+            lambda: self._put_in_place(engine_keys, filled, own, on_complete_callback),
+        )
+        if put is None:
+            for obj in own:
+                allocator.end_put(obj, is_stored=False)
+        return [put] if put is not None else None
 
-    def _store_in_place(
+    def _put_in_place(
         self,
         keys: Sequence[CacheEngineKey],
         filled: Sequence[Filled],
+        objs: Sequence[SegmentObject],
         on_complete_callback: Callable[[CacheEngineKey], None] | None,
     ) -> None:
-        space = self._space
-        assert space is not None
-
-        def work() -> None:
-            outcomes = [Outcome.DECLINED]
+        space, allocator = self._space, self._allocator
+        assert space is not None and allocator is not None
+        outcomes = [Outcome.DECLINED] * len(objs)
+        try:
             with self._pool.failures.contained("put"):
                 outcomes = space.store(filled)
-                if Outcome.GRANTED in outcomes:
-                    # Here, rather than when LMCache waits for it: the next prompt may be as long.
-                    space.restock(filled[0].extent.nbytes, max(len(filled), AT_ONCE))
-            if on_complete_callback is not None:
-                self._say_complete(keys, on_complete_callback)
-
-        if self._submit_put([one.key for one in filled], work) is None:
-            space.give_back([one.extent for one in filled])
+        finally:
+            for obj, outcome in zip(objs, outcomes, strict=True):
+                allocator.end_put(obj, is_stored=outcome is Outcome.GRANTED)
+        with self._pool.failures.contained("restock"):
+            if (
+                Outcome.GRANTED in outcomes
+            ):  # here, rather than when LMCache waits for it: the next prompt may be as long
+                space.restock(filled[0].extent.nbytes, max(len(filled), AT_ONCE))
+        if on_complete_callback is not None:
+            self._say_complete(keys, on_complete_callback)
 
     def _in_place(self, objs: list[MemoryObj | None]) -> InPlace | None:
         allocator = self._allocator
@@ -182,23 +195,3 @@ class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
             self._space.close()
             self._allocator.close()
         super().close()
-
-
-class _Put:
-    """A batch that is stored when the last reference to the last of its objects goes."""
-
-    def __init__(self, count: int, store: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
-        self._left = count
-        self._store = store
-
-    def await_all(self, objs: Sequence[SegmentObject]) -> None:
-        for obj in objs:
-            obj.on_let_go = self._let_go
-
-    def _let_go(self) -> None:
-        with self._lock:
-            self._left -= 1
-            is_last = not self._left
-        if is_last:
-            self._store()

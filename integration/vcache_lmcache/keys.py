@@ -51,7 +51,7 @@ class KeyMaker:
         made = []
         start, of_start = b"", None
         for key in keys:
-            chain = chain_of(key)
+            chain = _chain_of(key)
             if chain != of_start:
                 start, of_start = sha256(self._object + _fields(chain)).digest(), chain
             made.append(sha256(start + key.chunk_hash).digest()[:KEY_BYTES])
@@ -85,8 +85,7 @@ class KeyMaker:
         return made
 
 
-def chain_of(key: ObjectKey) -> tuple[str, int, int, str]:
-    """What the objects of one prompt on one rank have in common."""
+def _chain_of(key: ObjectKey) -> tuple[str, int, int, str]:
     return key.model_name, key.kv_rank, key.object_group_id, key.cache_salt
 
 

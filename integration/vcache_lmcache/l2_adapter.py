@@ -23,7 +23,7 @@ from lmcache.v1.platform import create_event_notifier
 from vcache.keys import tenant_of
 from vcache.protocol import Outcome
 from vcache_lmcache.held_keys import HeldKeys
-from vcache_lmcache.keys import KeyMaker, chain_of, flat_bytes, layout_of
+from vcache_lmcache.keys import KeyMaker, flat_bytes, layout_of
 from vcache_lmcache.known_objects import KnownObjects
 from vcache_lmcache.object_pool import NewObject, ObjectPool
 from vcache_lmcache.options import LMCacheOptions
@@ -94,11 +94,10 @@ class VCacheL2Adapter(L2AdapterInterface):
                 layout=layout_of(obj),
                 tokens=0,
                 tenant=tenant_of(key.cache_salt),
-                chain=chain_of(key),
             )
             for key, chunk_key, obj in zip(keys, self._keys.of_objects(keys), objects, strict=True)
         ]
-        outcomes = self._pool.store(news)
+        outcomes = self._pool.store(news, chained=False)  # nothing says which of them follows which
         sizes = {
             key: new.data.numel()
             for key, new, outcome in zip(keys, news, outcomes, strict=True)
@@ -213,23 +212,13 @@ class VCacheL2Adapter(L2AdapterInterface):
     # --- beneath --------------------------------------------------------------------------------------------------
 
     def _look_up(self, keys: Sequence[ObjectKey]) -> Bitmap:
-        """The leading run of each chain, locked: prefixes are what LMCache loads. One call, and one more for each miss."""
+        """Which of them are there, each by itself, locked. One call."""
         chunk_keys = self._keys.of_objects(keys)
-        found = [False] * len(keys)
-        gone = []
-        at = 0
-        while at < len(keys):
-            hits, lease = self._pool.lookup(chunk_keys[at:], leased=True)
-            self._locks.hold(chunk_keys[at : at + hits], lease, self._pool.lock_s)
-            found[at : at + hits] = [True] * hits
-            at += hits
-            if at < len(keys):
-                gone.append(keys[at])
-                chain = chain_of(keys[at])
-                while at < len(keys) and chain_of(keys[at]) == chain:
-                    at += 1
+        found, leased = self._pool.locate(chunk_keys)
+        for part, lease in leased:
+            self._locks.hold(part, lease, self._pool.lock_s)
         if self._pool.client.available:
-            self._forget(gone)
+            self._forget([key for key, is_there in zip(keys, found, strict=True) if not is_there])
         return _bitmap(found)
 
     def _forget(self, keys: Sequence[ObjectKey]) -> None:

@@ -22,6 +22,7 @@ from vcache.log import configure
 from vcache.memory.allocation import allocate
 from vcache.pool.client import PoolClient
 from vcache.pool.donor import Donor
+from vcache.pool.locating import locate
 from vcache.pool.reading import Int64Array, Source, begin_read
 from vcache.pool.segment import Segment
 from vcache.pool.writing import begin_write
@@ -50,19 +51,18 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class NewObject:
-    """What is to be stored. ``data``: uint8 ``[nbytes]``, unchanged until it is. Equal ``chain``: chunks of one prompt."""
+    """What is to be stored. ``data``: uint8 ``[nbytes]``, unchanged until it is."""
 
     key: ChunkKey
     data: torch.Tensor
     layout: int
     tokens: int
     tenant: int
-    chain: object = None
 
     @property
     def run(self) -> object:
         """Objects that one call can reserve space for have this in common."""
-        return self.chain, self.data.numel(), self.layout, self.tokens, self.tenant
+        return self.data.numel(), self.layout, self.tokens, self.tenant
 
 
 class ObjectPool:
@@ -98,17 +98,41 @@ class ObjectPool:
         """How long a lease lasts that waits for LMCache to end it."""
         return self.config.server.max_lease
 
-    def lookup(self, keys: Sequence[ChunkKey], *, leased: bool) -> tuple[int, int]:
-        """The length of the leading run that is there, and the lease on it (0: none was asked for or given)."""
+    def is_known_absent(self, key: ChunkKey) -> bool:
+        """Whether the pool has it not, as far as that can be said without a round trip."""
+        with self.failures.contained("lookup"):
+            return self.client.peek(key) == 0
+        return False
+
+    def lookup(self, keys: Sequence[ChunkKey], *, leased: bool, waits: bool = True) -> tuple[int, int]:
+        """The length of the leading run that is there, and the lease on it (0: none was asked for or given).
+
+        ``waits``: for the lease, too; otherwise what is evicted before the server reads of it is a miss when it is loaded.
+        """
         hits = lease = 0
         with self.failures.contained("lookup"):
             for part in _parts(keys):
-                found = self.client.lookup(b"".join(part), self.lock_s if leased and not hits else 0.0)
+                found = self.client.lookup(b"".join(part), self.lock_s if leased and not hits else 0.0, waits=waits)
                 hits += found.hits
                 lease = lease or found.lease
                 if found.hits < len(part):
                     break
         return hits, lease
+
+    def locate(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], list[tuple[Sequence[ChunkKey], int]]]:
+        """Which of them are there; and those, with the leases on them (0: none was given)."""
+        present: list[bool] = []
+        leased: list[tuple[Sequence[ChunkKey], int]] = []
+        with self.failures.contained("locate"):
+            for part in _parts(keys):
+                found = locate(self.client, b"".join(part), self.lock_s)
+                if found is None:
+                    break
+                present += map(bool, found.present)
+                leased.append(
+                    ([key for key, is_there in zip(part, found.present, strict=True) if is_there], found.lease)
+                )
+        return present + [False] * (len(keys) - len(present)), leased
 
     def load(
         self,
@@ -132,11 +156,14 @@ class ObjectPool:
                 gaps += 1
         return loaded
 
-    def store(self, objects: Sequence[NewObject]) -> list[Outcome]:
-        """Stores what the pool has not; ``GRANTED`` for what this call stored, ``DECLINED`` where it could not."""
+    def store(self, objects: Sequence[NewObject], *, chained: bool) -> list[Outcome]:
+        """Stores what the pool has not; ``GRANTED`` for what this call stored, ``DECLINED`` where it could not.
+
+        ``chained``: they are consecutive chunks of a prompt, of which the last are evicted first.
+        """
         outcomes: list[Outcome] = []
         for run in _runs(objects):
-            outcomes += self._store_run(run)
+            outcomes += self._store_run(run, chained=chained)
         return outcomes
 
     def release(self, lease: int) -> None:
@@ -238,7 +265,7 @@ class ObjectPool:
         loaded[at : at + valid] = fits[:valid]
         return valid
 
-    def _store_run(self, run: Sequence[NewObject]) -> list[Outcome]:
+    def _store_run(self, run: Sequence[NewObject], *, chained: bool) -> list[Outcome]:
         outcomes = [Outcome.DECLINED] * len(run)
         with self.failures.contained("store"):
             first = run[0]
@@ -252,6 +279,7 @@ class ObjectPool:
                 tokens=first.tokens,
                 tenant=first.tenant,
                 layout=first.layout,
+                chained=chained,
             )
             granted = write.granted.tolist()
 

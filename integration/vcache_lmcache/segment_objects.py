@@ -1,12 +1,13 @@
 """LMCache's memory objects in this process's own segment: where a chunk is computed into, and where one is read from.
 
-An object is *new* (an extent that nobody else finds), *put* (it becomes a chunk of the pool when its last reference goes: nobody
-writes to it any more then) or *held* (a chunk of the pool that is read where it lies, until its last reference goes).
+An object is *new* (an extent that nobody else finds), *put* (on its way into the pool, or there; its extent is nobody else's until
+its last reference goes) or *held* (a chunk of the pool that is read where it lies, until its last reference goes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from vcache_lmcache.object_pool import Held
 
 
 class SegmentObject(TensorMemoryObj):
-    """``extent``: what it was allocated, ``record``: what it holds; one of both. ``on_let_go``: what a put waits for."""
+    """``extent``: what it was allocated; ``record``: what it holds; a put one has both."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class SegmentObject(TensorMemoryObj):
         super().__init__(raw_data, metadata, allocator)
         self.extent = extent
         self.record = record
-        self.on_let_go: Callable[[], None] | None = None
+        self.is_lost: bool | None = None  # of a put one: it is not in the pool; None: it is on its way
 
 
 class SegmentAllocator(MemoryAllocatorInterface):
@@ -50,6 +51,7 @@ class SegmentAllocator(MemoryAllocatorInterface):
     def __init__(self, donor: Donor, space: OwnSpace) -> None:
         self._donor = donor
         self._space = space
+        self._lock = threading.Lock()
         with torch.inference_mode(False):  # an object made in that mode could not be written to outside it
             self._bytes = donor.segment.tensor
         self._is_pinned = False
@@ -102,14 +104,37 @@ class SegmentAllocator(MemoryAllocatorInterface):
         assert isinstance(memory_obj, SegmentObject)
         if not memory_obj.is_valid():
             return
-        memory_obj.invalidate()
-        if memory_obj.extent is None:
+        with self._lock:
+            memory_obj.invalidate()
+            is_lost = memory_obj.is_lost
+        if memory_obj.record >= 0:
             self._donor.holds.release(memory_obj.record)
-        elif memory_obj.on_let_go is None:
+            if is_lost and memory_obj.extent is not None:
+                self._space.give_up([memory_obj.extent])
+        elif memory_obj.extent is not None:
             self._space.give_back([memory_obj.extent])
-        else:
-            self._donor.segment.fence()  # what this thread has copied into it
-            memory_obj.on_let_go()
+
+    def begin_put(self, objs: Sequence[SegmentObject]) -> bool:
+        """From here on nobody writes to them, and their bytes stay while they are referenced; false: they cannot be put now."""
+        holds = self._donor.holds
+        for at, obj in enumerate(objs):
+            assert obj.extent is not None
+            if not holds.take(obj.extent.record):
+                for taken in objs[:at]:
+                    holds.release(taken.record)
+                    taken.record = -1
+                return False
+            obj.record = obj.extent.record
+        self._donor.segment.fence()  # what this thread has copied into them
+        return True
+
+    def end_put(self, obj: SegmentObject, *, is_stored: bool) -> None:
+        """What became of it. Space without a chunk is given up when nobody refers to it any more."""
+        with self._lock:
+            obj.is_lost = not is_stored
+            is_let_go = not obj.is_valid()
+        if is_let_go and not is_stored and obj.extent is not None:
+            self._space.give_up([obj.extent])
 
     def batched_free(
         self, memory_objs: Sequence[MemoryObj], allocator_type: str | None = None, update_stats: bool = True

@@ -107,9 +107,11 @@ class VCacheBackend(StoragePluginInterface):
 
     def batched_contains(self, keys: list[CacheEngineKey], pin: bool = False) -> int:
         """The leading run that is there; with ``pin`` leased until ``unpin`` of its keys, ``server.max_lease`` at most."""
+        if len(keys) > 1 and not self._puts and self._pool.is_known_absent(self._keys.of_chunks(keys[:1])[0]):
+            return 0  # most prompts that are not there are not from the first chunk on
         chunk_keys = self._keys.of_chunks(keys)
         self._await_puts(chunk_keys)
-        hits, lease = self._pool.lookup(chunk_keys, leased=pin)
+        hits, lease = self._pool.lookup(chunk_keys, leased=pin, waits=False)
         self._pins.hold(chunk_keys[:hits], lease, self._pool.lock_s)
         return hits
 
@@ -170,7 +172,8 @@ class VCacheBackend(StoragePluginInterface):
                     [
                         NewObject(key, flat_bytes(obj), layout_of(obj), obj.get_num_tokens(), self._tenant)
                         for key, obj in zip(chunk_keys, objs, strict=True)
-                    ]
+                    ],
+                    chained=True,
                 )
         finally:
             for obj in objs:

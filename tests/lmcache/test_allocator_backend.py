@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,16 +101,14 @@ def test_a_chunk_is_read_where_it_was_computed(server: Child, open_engine: OpenE
     assert all(address in addresses(engine) for address in before)
     keys = keys_of(engine)[:2]
     own.batched_submit_put_task(keys, objs)
-    assert own.batched_contains(keys) == 0, "LMCache has not let go of them"
-    for obj in objs:
-        obj.ref_count_down()
     assert own.batched_contains(keys) == 2
     found = own.batched_get_blocking(keys)
     assert [obj.data_ptr for obj in found if obj is not None] == before
     assert [obj.get_ref_count() for obj in found if obj is not None] == [1, 1]
     assert [float(obj.tensor.float().mean()) for obj in found if obj is not None] == [1.0, 2.0]
     assert own._pool.donor is not None and len(own._pool.donor.holds) == 2
-    for obj in found:
+    assert objs[0].get_ref_count() == 1, "LMCache has not let go of what it has put"
+    for obj in [*found, *objs]:
         assert obj is not None
         obj.ref_count_down()
     assert is_idle(engine)
@@ -175,6 +174,32 @@ def test_pins_clear_and_partial_chunks_work_as_without(server: Child, open_engin
     assert engine.lmcache.clear() == 3 * CHUNK_TOKENS, "in whole chunks"
     assert engine.lmcache.lookup(tokens) == 0
     until(lambda: is_idle(engine), "every reference is given back")
+
+
+def test_what_is_put_stays_what_it_is_while_lmcache_refers_to_it(server: Child, open_engine: OpenEngine) -> None:
+    """Stored or not."""
+    engine = open_engine()
+    own, (key, *_) = backend(engine), keys_of(engine)
+    objs = []
+    for at in range(3):
+        obj = own.allocate(metadata().get_shapes(), metadata().get_dtypes())
+        assert obj is not None
+        obj.tensor.fill_(at)
+        own.batched_submit_put_task([key], [obj])
+        objs.append(obj)
+    assert own.batched_contains([key]) == 1
+    removed: list[bool] = []
+    removing = threading.Thread(target=lambda: removed.append(own.remove(key)))
+    removing.start()
+    until(lambda: own.batched_contains([key]) == 0, "it is removed")
+    engine.store(PROMPT)
+    assert not removed, "memory has it still"
+    assert [float(obj.tensor.float().mean()) for obj in objs] == [0.0, 1.0, 2.0]
+    for obj in objs:
+        obj.ref_count_down()
+    removing.join(60)
+    assert removed == [True]
+    until(lambda: is_idle(engine), "it is retired")
 
 
 def test_a_chunk_that_is_there_already_is_not_stored_again(server: Child, open_engine: OpenEngine) -> None:

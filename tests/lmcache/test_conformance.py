@@ -9,10 +9,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.lmcache.conftest import PATIENT
 from tests.pool.payloads import until
-from tests.support.processes import Child, Processes
+from tests.support.processes import REPOSITORY, Child, Processes
 
 pytestmark = pytest.mark.slow
 
@@ -40,24 +41,15 @@ def test_basic_check_of_the_l2_adapter(server: Child, processes: Processes) -> N
     assert rates == [("LOOKUP (absent)", "20"), ("STORE", "20"), ("LOOKUP (exist)", "20"), ("LOAD", "20")], said
 
 
+@pytest.mark.parametrize("example", ["lmcache.yaml", "lmcache-allocator.yaml"])
 def test_basic_check_of_the_storage_manager(
-    server: Child, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Child, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: str
 ) -> None:
-    path = tmp_path / "lmcache.yaml"
-    path.write_text(
-        json.dumps(  # JSON is YAML
-            {
-                "local_cpu": False,
-                "max_local_cpu_size": 0.1,
-                "storage_plugins": "vcache",
-                "extra_config": {
-                    "storage_plugin.vcache.module_path": "vcache_lmcache",
-                    "storage_plugin.vcache.class_name": "VCacheBackend",
-                    "vcache": {"donate": "64MiB", **PATIENT},
-                },
-            }
-        )
-    )
+    """With the examples' own files, but for the size of the pool and patience."""
+    config = yaml.safe_load((REPOSITORY / "examples" / "lmcache" / example).read_text())
+    config["extra_config"]["vcache"] = {"donate": "64MiB", **PATIENT}
+    path = tmp_path / example
+    path.write_text(json.dumps(config))  # JSON is YAML
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
     said = finished(
         processes.python("-m", "lmcache.v1.basic_check", "--mode", "test_storage_manager", "--num-keys", "20")

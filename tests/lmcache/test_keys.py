@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from lmcache.utils import CacheEngineKey
+from vcache_lmcache import keys
 from vcache_lmcache.keys import KeyMaker
 
 from tests.lmcache.objects import object_key
@@ -21,10 +23,10 @@ def test_keys_of_objects_differ_in_every_field_and_do_not_depend_on_the_batch() 
         replace(first, object_group_id=1),
         replace(first, cache_salt="salt"),
     ]
-    keys = make([first, *others, first])
-    assert keys[0] == keys[-1] and len(set(keys)) == 6
-    assert keys == [key for one in [first, *others, first] for key in make([one])]
-    assert not set(keys) & set(KeyMaker("namespace").of_objects([first, *others]))
+    made = make([first, *others, first])
+    assert made[0] == made[-1] and len(set(made)) == 6
+    assert made == [key for one in [first, *others, first] for key in make([one])]
+    assert not set(made) & set(KeyMaker("namespace").of_objects([first, *others]))
 
 
 def test_keys_of_chunks_differ_in_what_lmcache_compares() -> None:
@@ -48,3 +50,12 @@ def test_keys_of_chunks_differ_in_what_lmcache_compares() -> None:
     ]
     assert len(set(make(different))) == len(different)
     assert make([chunk(request_configs={"not.a.tag": "x"})]) == make([chunk()]), "LMCache does not compare these"
+
+
+def test_keys_stay_what_they_are_however_many_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_MAX_REMEMBERED", 8)
+    maker = KeyMaker("")
+    chunks = [CacheEngineKey("m", 1, 0, at, torch.bfloat16) for at in range(20)]
+    for start in (0, 3, 12, 0, 7):
+        assert maker.of_chunks(chunks[start : start + 5]) == KeyMaker("").of_chunks(chunks[start : start + 5])
+        assert sum(map(len, maker._remembered.values())) <= 8

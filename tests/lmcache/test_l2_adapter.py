@@ -102,13 +102,36 @@ def test_every_field_of_a_key_tells_objects_apart(adapter: VCacheL2Adapter, open
     assert Tasks(open_l2(namespace="revision 2")).lookup([object_key("a")]) == [0]
 
 
-def test_a_lookup_answers_the_leading_run_of_each_chain(adapter: VCacheL2Adapter) -> None:
+def test_a_lookup_answers_for_each_key_by_itself_and_locks_what_is_there(adapter: VCacheL2Adapter) -> None:
     tasks = Tasks(adapter)
     rank_0, rank_1 = ([object_key(chunk, rank=rank) for chunk in range(4)] for rank in (0, 1))
     tasks.store(rank_0[:2] + rank_0[3:] + rank_1[:3], [memory_object(index) for index in range(6)])
-    assert tasks.lookup(rank_0 + rank_1) == [1, 1, 0, 0, 1, 1, 1, 0]
+    calls = adapter._pool.client.counters["calls"]
+    assert tasks.lookup(rank_0 + rank_1) == [1, 1, 0, 1, 1, 1, 1, 0]
+    assert adapter._pool.client.counters["calls"] == calls + 1
+    assert adapter.report_status()["locked_keys"] == 6
     loaded = [memory_object() for _ in range(8)]
-    assert tasks.load(rank_0 + rank_1, loaded) == [1, 1, 0, 1, 1, 1, 1, 0], "a load takes what is there"
+    assert tasks.load(rank_0 + rank_1, loaded) == [1, 1, 0, 1, 1, 1, 1, 0]
+    adapter.submit_unlock(rank_0[1:] + rank_1)
+    until(lambda: adapter.report_status()["locked_keys"] == 1, "the unlock")
+    stats = adapter._pool.stats()
+    assert stats is not None and stats.leases == 1, "one lease for the batch, while one of it is locked"
+    adapter.submit_unlock(rank_0)
+    until(lambda: (found := adapter._pool.stats()) is not None and found.leases == 0, "the end of the lease")
+
+
+def test_a_batch_of_any_objects_of_one_form_is_stored_by_one_call(adapter: VCacheL2Adapter) -> None:
+    """Of several prompts, ranks and salts: nothing says that one follows the other."""
+    tasks = Tasks(adapter)
+    keys = [object_key(at, rank=at % 2, salt="b" * (at % 3)) for at in range(4)]
+    calls = adapter._pool.client.counters["calls"]
+    assert tasks.store(keys[:1] + keys[3:], [memory_object(at) for at in range(2)]).is_successful()
+    assert adapter._pool.client.counters["calls"] == calls + 1
+    assert tasks.store(keys, [memory_object(at) for at in range(4)]).is_successful()
+    donor = adapter._pool.donor
+    assert donor is not None
+    records = list(donor.segment.scan())
+    assert len(records) == 4 and {record.parent for record in records} == {b""}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from vcache.failures import FailureLog
 from vcache.pool.background import Background, MakeRequest
 from vcache.pool.session import Session
 from vcache.pool.wire import Socket, decoded
-from vcache.protocol import AnyReply, Error, ErrorCode, Grants, Hits, Placements
+from vcache.protocol import AnyReply, Error, ErrorCode, Grants, Hits, Located, Placements
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class Calls:
                 self._one_way.append(
                     OneWay(lambda id_, session, term: protocol.Abort(id_, session, term, given), given)
                 )
-        elif isinstance(reply, Placements | Hits):
+        elif isinstance(reply, Placements | Hits | Located):
             if isinstance(reply, Placements):
                 self._session.learn(reply.term, reply.segments)
             lease = reply.lease

@@ -161,6 +161,12 @@ class PoolClient:
             or _NO_HITS
         )
 
+    def peek(self, keys: bytes) -> int | None:
+        """The length of the leading run as ``lookup`` says it without a lease; ``None`` where that would be a round trip."""
+        _check_keys(keys)
+        found = self._lookup_index(keys, 0)
+        return found.hits if found is not None else None
+
     def acquire(self, keys: bytes, rank: int) -> Acquired | None:
         """The leading run, leased for ``client.lease``, with a placement of ``rank``'s shard for each chunk of it.
 
@@ -207,8 +213,11 @@ class PoolClient:
         pin_s: float = 0.0,
         into: int = 0,
         into_tier: Tier | None = None,
+        chained: bool = True,
     ) -> Granted | None:
         """Space for one rank's shards of a run of chunks, whose first has ``parent`` before it (empty: none).
+
+        ``chained`` false: they are no run; what each has before it is ``parent``.
 
         ``into``, ``into_tier``: for copies of what the pool has elsewhere, in the segment of this number, or of this tier and
         host; see ``protocol.Reserve``.
@@ -229,7 +238,7 @@ class PoolClient:
             # Here, under the calls' lock: no other thread's grants can come between the count of room and the reply.
             asked = keys[: KEY_BYTES * max(1, self.session.room)]
             of_run = (parent, rank, ranks, nbytes, tokens, tenant, ttl_s, pin_s)
-            sent.append(protocol.Reserve(id_, session, term, asked, *of_run, into, into_tier))
+            sent.append(protocol.Reserve(id_, session, term, asked, *of_run, into, into_tier, chained))
             return sent[0]
 
         return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))

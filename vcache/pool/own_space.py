@@ -96,12 +96,15 @@ class OwnSpace:
         """Their caller touches them no more. Nothing was stored in them."""
         self._keep(extents)
 
+    def give_up(self, extents: Sequence[Extent]) -> None:
+        """As ``give_back``, when they were to be stored and are not: the server may have given them keys already."""
+        self._client.abort([extent.generation for extent in extents])
+
     def store(self, filled: Sequence[Filled], parent: bytes = b"") -> list[Outcome]:
         """Makes them chunks of the pool: consecutive ones of a prompt, the first with ``parent`` before it. One round trip.
 
-        Whoever filled them has called the segment's ``fence`` in the thread that did.
-
-        Whatever the outcomes are, the extents are the caller's no more. What is ``GRANTED`` is committed, in memory, too.
+        Whoever filled them has called the segment's ``fence`` in the thread that did. What is ``GRANTED`` is committed, in memory,
+        too, and its extent the pool's; the others are the caller's to ``give_up``.
         """
         if not filled:
             return []
@@ -114,12 +117,9 @@ class OwnSpace:
             return sent[0]
 
         said = self._client.ask(Grants, make, lambda reply: self._client.session.assigned(sent[0], reply))
-        if said is None:  # perhaps it was done, and only the answer is lost
-            self._client.abort(generations)
+        if said is None:
             return [Outcome.DECLINED] * len(filled)
         outcomes = [Outcome(outcome) for outcome in said]
-        self._keep([one.extent for one, outcome in zip(filled, outcomes, strict=True) if outcome is Outcome.EXISTS])
-        given_up = [g for g, outcome in zip(generations, outcomes, strict=True) if outcome is Outcome.DECLINED]
         committed: list[int] = []
         rows = self._rows(filled, keys, parent)
         segment = self._donor.segment
@@ -130,9 +130,7 @@ class OwnSpace:
                     committed.append(extent.generation)
                 else:
                     outcomes[at] = Outcome.DECLINED
-                    given_up.append(extent.generation)
         self._client.commit(committed)
-        self._client.abort(given_up)
         return outcomes
 
     def close(self) -> None:

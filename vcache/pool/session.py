@@ -206,7 +206,7 @@ class Session:
                     record=record,
                     generation=generation,
                     key=request.keys[start : start + KEY_BYTES],
-                    parent=request.keys[start - KEY_BYTES : start] if index else request.parent,
+                    parent=request.keys[start - KEY_BYTES : start] if index and request.chained else request.parent,
                     rank=request.rank,
                     ranks=request.ranks,
                     tenant=request.tenant,

@@ -49,17 +49,19 @@ def begin_write(
     layout: int = 0,
     into: int = 0,
     into_tier: Tier | None = None,
+    chained: bool = True,
 ) -> PendingWrite:
     """Reserves space for those of ``keys`` that the pool has not, and marks their records. One round trip.
 
     ``into`` (a segment's number), ``into_tier``: reserves for copies of those that the pool has, but not there; see
     ``protocol.Reserve``. Check the source's records after the copy, and ``drop`` what was not valid, before ``complete``.
 
-    ``parent``: the key before the first (empty: none); ``nbytes``: of each payload; ``tokens``: of each chunk; ``layout``:
+    ``parent``: the key before the first (empty: none), or before each if they are not ``chained``; ``nbytes``: of each payload; ``tokens``: of each chunk; ``layout``:
     ``PagedKV.payload_layout`` of the planes, without which ``PendingRead.copy_to`` takes no payload. Never raises because
     something is unavailable: nothing is granted then. The answer must be completed or aborted.
     """
-    write = PendingWrite(client, keys, parent, RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout), nbytes)
+    run = RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout)
+    write = PendingWrite(client, keys, parent, run, nbytes, chained=chained)
     if keys:
         write.reserve(pin_s, into=into, into_tier=into_tier)
         try:
@@ -78,7 +80,14 @@ class PendingWrite:
     """
 
     def __init__(
-        self, client: PoolClient, keys: Sequence[ChunkKey], parent: bytes, run: RunFields, nbytes: int
+        self,
+        client: PoolClient,
+        keys: Sequence[ChunkKey],
+        parent: bytes,
+        run: RunFields,
+        nbytes: int,
+        *,
+        chained: bool = True,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self.granted: Int64Array = np.empty(0, dtype=np.int64)
@@ -88,6 +97,7 @@ class PendingWrite:
         self._client = client
         self._keys = keys
         self._parent = parent
+        self._chained = chained
         self._run = run
         self._uses: dict[int, Use] = {}
         self._copied = False
@@ -116,6 +126,7 @@ class PendingWrite:
             pin_s=pin_s,
             into=into,
             into_tier=into_tier,
+            chained=self._chained,
         )
         if granted is not None:
             self._map(granted)
@@ -241,7 +252,8 @@ class PendingWrite:
 
     def _rows(self) -> WordArray:
         keys = key_words(b"".join(self._keys))
-        before = key_words((self._parent or bytes(KEY_BYTES)) + b"".join(self._keys[:-1]))
+        parent = self._parent or bytes(KEY_BYTES)
+        before = key_words(parent + b"".join(self._keys[:-1]) if self._chained else parent * len(self._keys))
         run = self._run
         if run.ttl_s:
             run = replace(run, expires_s=int(time.time()) + run.ttl_s)

@@ -62,6 +62,14 @@ class Hits(Message, tag=68):
     lease: int
 
 
+class Located(Message, tag=73):
+    """Answers ``Locate``: a byte for each key, 1 where it is present, and the lease on those (0 = none)."""
+
+    term: U63
+    present: bytes
+    lease: int
+
+
 class Placements(Message, tag=69):
     """Answers ``Acquire``: ``len(placements) // PLACEMENT.size`` chunks; ``segments`` the session was not told of yet.
 
@@ -122,4 +130,4 @@ class Error(Message, tag=72):
     text: str
 
 
-AnyReply = Welcome | Orders | Registered | Done | Hits | Placements | Grants | ServerStats | Error
+AnyReply = Welcome | Orders | Registered | Done | Hits | Located | Placements | Grants | ServerStats | Error

@@ -123,6 +123,13 @@ class Lookup(Request, tag=8):
     lease_s: Seconds
 
 
+class Locate(Request, tag=24):
+    """Which of these chunks are present with all ranks' shards, wherever; with ``lease_s`` > 0 those are leased."""
+
+    keys: KeyBlob
+    lease_s: Seconds
+
+
 class Acquire(Request, tag=9):
     """The leading run as in ``Lookup``, leased, with one placement of ``rank``'s shard for each chunk of it."""
 
@@ -162,6 +169,7 @@ class Reserve(Request, tag=11):
     pin_s: Seconds
     into: U32 = 0  # a segment's number; 0 = not said
     into_tier: Tier | None = None
+    chained: bool = True  # false: no run, each has ``parent`` before it, or nothing
 
 
 class Allocate(Request, tag=22):
@@ -272,6 +280,7 @@ AnyRequest = (
     | Retired
     | DrainSegment
     | Lookup
+    | Locate
     | Acquire
     | Release
     | Reserve
