@@ -1,4 +1,4 @@
-"""LMCache in this process, its LocalCPU backend and nothing below: one of the peers VCache is measured against.
+"""LMCache in this process, by default its LocalCPU backend and nothing below: one of the peers VCache is measured against.
 
 LMCache's own kernels between paged KV and its chunks need CUDA. On a CPU a connector has to be given, and this one is made
 of torch's fastest means: one operation a chunk over all layers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
@@ -25,7 +25,9 @@ class LMCacheEngine(Protocol):
 
     token_database: Any
 
-    def lookup(self, tokens: object = None, *, hashes: object = None, offsets: object = None) -> int: ...
+    def lookup(self, tokens: object = None, *, hashes: object = None, offsets: object = None, **pin: object) -> int: ...
+
+    def lookup_unpin(self, lookup_id: str) -> None: ...
 
     def store(self, tokens: object, **places: object) -> None: ...
 
@@ -74,9 +76,17 @@ class PagedStorage:
 
 @contextmanager
 def lmcache_engine(
-    *, kv_shape: Sequence[int], chunk_size: int, nbytes: int, storage: PagedStorage | None = None
+    *,
+    kv_shape: Sequence[int],
+    chunk_size: int,
+    nbytes: int,
+    storage: PagedStorage | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[LMCacheEngine]:
-    """An engine whose chunks are ``kv_shape`` = (layers, 2, chunk_size, heads, head_size), with ``nbytes`` of host memory."""
+    """An engine whose chunks are ``kv_shape`` = (layers, 2, chunk_size, heads, head_size), with ``nbytes`` of host memory.
+
+    ``settings``: of LMCache's configuration, over those that keep chunks in its own host memory.
+    """
     os.environ["LMCACHE_TRACK_USAGE"] = "false"
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "CRITICAL")  # its errors here are about several engines in one process
     from lmcache.v1.cache_engine import LMCacheEngineBuilder
@@ -108,9 +118,8 @@ def lmcache_engine(
             return torch.Size((2, kv_shape[0], num_tokens, kv_shape[3] * kv_shape[4]))
 
     name = f"vcache-bench-{next(_instances)}"
-    config = LMCacheEngineConfig.from_defaults(
-        chunk_size=chunk_size, local_cpu=True, max_local_cpu_size=nbytes / (1 << 30), save_unfull_chunk=False
-    )
+    own = {"local_cpu": True, "max_local_cpu_size": nbytes / (1 << 30), "save_unfull_chunk": False}
+    config = LMCacheEngineConfig.from_defaults(chunk_size=chunk_size, **{**own, **(settings or {})})
     metadata = LMCacheMetadata("benchmark", 1, 1, 0, 0, torch.bfloat16, tuple(kv_shape), chunk_size=chunk_size)
     engine = LMCacheEngineBuilder.get_or_create(
         name, config, metadata, Connector(), lambda tensor, source: None, lambda thing, source: thing
