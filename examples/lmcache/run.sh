@@ -2,8 +2,9 @@
 # LMCache over VCache, both modes, with everything started and stopped here:
 #   MP mode: vLLM -> LMCacheMPConnector -> lmcache server -> VCacheL2Adapter -> the pool. One engine computes a prompt; LMCache's
 #     own memory is emptied; a second engine loads it from the pool and gives the same answer.
-#   In-process mode: LMCache's own check of its storage manager, over VCacheBackend. (LMCache 0.5.6 has no in-process connector for
-#     vLLM's CPU backend; on GPUs, serve with --kv-transfer-config "$(cat examples/lmcache/connector-in-process.json)".)
+#   In-process mode: LMCache's own check of its storage manager, over VCacheBackend and over VCacheAllocatorBackend. (LMCache
+#     0.5.6 has no in-process connector for vLLM's CPU backend; on GPUs, serve with
+#     --kv-transfer-config "$(cat examples/lmcache/connector-in-process.json)".)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tools/prepare-environment
@@ -40,9 +41,15 @@ vcache server 2>"$WORK/server.log" & PIDS+=($!)
 vcache donate --device cpu:0 --size 256MiB >"$WORK/donor.out" 2>"$WORK/donor.log" & PIDS+=($!)
 await "the donation" 120 grep -q donating "$WORK/donor.out"
 
+check_storage_manager() { # configuration file
+    LMCACHE_CONFIG_FILE=$EXAMPLE/$1 python -m lmcache.v1.basic_check --mode test_storage_manager --num-keys 8 \
+        2>"$WORK/check.log" | tee "$WORK/check.out" | grep -A 9 'Performance Results'
+    [[ $(grep -c '8/8' "$WORK/check.out") -ge 4 ]] || { echo "$1 failed LMCache's check" >&2; exit 1; }
+}
 say "In-process mode: LMCache's check of its storage manager, over VCacheBackend"
-LMCACHE_CONFIG_FILE=$EXAMPLE/lmcache.yaml python -m lmcache.v1.basic_check --mode test_storage_manager --num-keys 8 \
-    2>"$WORK/check.log" | grep -A 9 'Performance Results'
+check_storage_manager lmcache.yaml
+say "The same over VCacheAllocatorBackend, which gives LMCache its memory"
+check_storage_manager lmcache-allocator.yaml
 
 say "MP mode: lmcache server with VCacheL2Adapter"
 PORT=$(free_port) HTTP_PORT=$(free_port) METRICS_PORT=$(free_port)
