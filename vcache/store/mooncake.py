@@ -172,7 +172,7 @@ class MooncakeStore:
             setup,
             DECODER,
             fds=(self._staging.fd,),
-            environment=mooncake_environment(hostname, self._timeout_s),
+            environment=_environment(hostname, self._setup.protocol, self._timeout_s),
         )
 
     def _replace(self, process: Companion) -> None:
@@ -187,6 +187,13 @@ class MooncakeStore:
         if len(blocks) != len(buffers):
             raise ValueError("buffers must be blocks of the staging memory this store was given")
         return blocks
+
+
+def _environment(hostname: str, protocol: str, timeout_s: float) -> dict[str, str]:
+    environment = mooncake_environment(hostname, timeout_s)
+    if protocol == "tcp":
+        environment.setdefault("MC_FORCE_TCP", "1")  # else the engine takes what devices it finds
+    return environment
 
 
 def _objects(shards: Sequence[Shard], blocks: Sequence[Block]) -> list[Object]:

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Final
 
 from vcache.companion.life import end_with
 from vcache.companion.link import Answer, Close, Failed, Link, LinkClosedError, Ready
-from vcache.errors import VCacheError
+from vcache.errors import UnavailableError, VCacheError
 from vcache.store.mooncake_objects import Objects, StagingMap
 from vcache.store.mooncake_wire import DECODER, Exist, Get, PutAll, Remove, Setup
 
 if TYPE_CHECKING:
+    from mooncake.engine import TransferEngine
     from mooncake.store import MooncakeDistributedStore
 
 #: Between looks for a master that is not there. Looking costs nothing; ``setup`` without a master would block for long.
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
     assert isinstance(setup, Setup)
     staging = StagingMap(staging_fd, setup.staging_bytes)
     try:
-        handle = joined(setup)
+        engine = started(setup)
+        handle = joined(setup, engine)
     except (VCacheError, ImportError) as error:
         control.send(Failed(str(error)))
         os._exit(1)
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> None:
     if code:
         control.send(Failed(f"staging memory could not be registered with Mooncake (code {code})"))
         os._exit(1)
-    objects = Objects(handle, staging, setup)
+    objects = Objects(handle, engine, staging, setup)
     for fd in lane_fds:
         lane = Link(socket.socket(fileno=fd), DECODER)
         threading.Thread(target=serve, args=(lane, objects), daemon=True).start()
@@ -59,8 +61,19 @@ def main(arguments: list[str]) -> None:
     os._exit(0)  # calls may be under way; destructors of a closed handle are not to be trusted
 
 
-def joined(setup: Setup) -> MooncakeDistributedStore:
-    """A handle that is set up, however long that takes."""
+def started(setup: Setup) -> TransferEngine:
+    """The transfer engine of this process."""
+    from mooncake.engine import TransferEngine
+
+    engine = TransferEngine()
+    code = engine.initialize(setup.hostname, setup.metadata, setup.protocol, setup.devices)
+    if code:
+        raise UnavailableError(f"Mooncake's transfer engine cannot start on {setup.hostname} (code {code})")
+    return engine
+
+
+def joined(setup: Setup, engine: TransferEngine | None = None) -> MooncakeDistributedStore:
+    """A handle that is set up, however long that takes. ``engine``: that it is to use, rather than one of its own."""
     from mooncake.store import MooncakeDistributedStore
 
     host, _, port = setup.master.rpartition(":")
@@ -79,6 +92,7 @@ def joined(setup: Setup) -> MooncakeDistributedStore:
             setup.protocol,
             setup.devices,
             setup.master,
+            engine=engine.get_engine() if engine is not None else None,
         )
         if code == 0:
             return handle
