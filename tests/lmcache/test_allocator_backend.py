@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -238,3 +239,21 @@ def test_what_cannot_work_ends_the_process(runtime_dir, change: dict[str, Any], 
         change = {**change, "extra_config": extra}
     with pytest.raises(SystemExit, match=named):
         StorageManager(plugin_config({}, **{**own, **change}), metadata(), EventManager())
+
+
+def test_a_schedulers_process_donates_nothing_and_looks_things_up(server: Child, open_engine: OpenEngine) -> None:
+    from lmcache.v1.event_manager import EventManager
+
+    engine = open_engine()
+    engine.store(PROMPT)
+    assert engine.lmcache.lookup(PROMPT) == len(PROMPT)
+    scheduler = StorageManager(
+        plugin_config({}, **settings({"donate": "16MiB"})), replace(metadata(), role="scheduler"), EventManager()
+    )
+    try:
+        found = scheduler.storage_backends["LocalCPUBackend"]
+        assert found._pool.donor is None
+        until(lambda: scheduler.batched_contains(keys_of(engine))[0] == 4, "the server reads the commit")
+        assert found.batched_get_blocking(keys_of(engine)) == [None] * 4
+    finally:
+        scheduler.close()

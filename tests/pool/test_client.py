@@ -14,8 +14,9 @@ from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
 from vcache.pool.client import PoolClient
+from vcache.pool.locating import locate
 from vcache.pool.reading import begin_read
-from vcache.protocol import PLACEMENT, Grants, Hits, Outcome, Placements, SegmentInfo, Tier, Welcome
+from vcache.protocol import PLACEMENT, Grants, Hits, Located, Outcome, Placements, SegmentInfo, Tier, Welcome
 
 KEYS = b"".join(new_keys(3))
 
@@ -200,6 +201,11 @@ class ScriptedServer:
             reply = Hits(request.id, request.term, 1, 11)
         elif isinstance(request, protocol.Acquire):
             reply = Placements(request.id, request.term, 12, PLACEMENT.pack(5, 0, 2, 4096, 4096), [])
+        elif isinstance(request, protocol.Locate):
+            reply = Located(request.id, request.term, b"\1\0\1", 12)
+        elif isinstance(request, protocol.Allocate):
+            placement = PLACEMENT.pack(5, 1, 102, 8192, request.nbytes)
+            reply = Grants(request.id, request.term, bytes([Outcome.GRANTED]), placement, [])
         elif isinstance(request, protocol.Reserve):
             placement = PLACEMENT.pack(5, 1, 102, 8192, request.nbytes)
             reply = Grants(request.id, request.term, bytes([Outcome.GRANTED, *[Outcome.EXISTS] * 2]), placement, [])
@@ -235,11 +241,20 @@ def reserve(client: PoolClient):
     return client.reserve(KEYS, parent=b"", rank=0, ranks=1, nbytes=4096, tokens=256, tenant=0)
 
 
-def test_grants_that_come_too_late_are_given_back_at_once(scripted, open_client):
+def allocate(client: PoolClient):
+    return client.ask(
+        Grants,
+        lambda id_, session, term: protocol.Allocate(id_, session, term, 5, 1, 4096, 0),
+        lambda reply: reply,
+    )
+
+
+@pytest.mark.parametrize(("kind", "ask"), [(protocol.Reserve, reserve), (protocol.Allocate, allocate)])
+def test_grants_that_come_too_late_are_given_back_at_once(scripted, open_client, kind, ask):
     config, server = scripted
     client = open_client(config)
-    server.hold = (protocol.Reserve,)
-    assert reserve(client) is None
+    server.hold = (kind,)
+    assert ask(client) is None
     server.hold = ()
     server.answer(*server.held.pop())
     until(lambda: client.available, "a heartbeat is answered")
@@ -250,11 +265,18 @@ def test_grants_that_come_too_late_are_given_back_at_once(scripted, open_client)
     assert client.session.evidence() == (102, [])
 
 
-def test_leases_that_come_too_late_are_released(scripted, open_client):
+@pytest.mark.parametrize(
+    ("kind", "ask"),
+    [
+        (protocol.Acquire, lambda client: client.acquire(KEYS, 0)),
+        (protocol.Locate, lambda client: locate(client, KEYS, 1.0)),
+    ],
+)
+def test_leases_that_come_too_late_are_released(scripted, open_client, kind, ask):
     config, server = scripted
     client = open_client(config)
-    server.hold = (protocol.Acquire,)
-    assert client.acquire(KEYS, 0) is None
+    server.hold = (kind,)
+    assert ask(client) is None
     server.hold = ()
     server.answer(*server.held.pop())
     until(lambda: client.available, "a heartbeat is answered")
