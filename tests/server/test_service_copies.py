@@ -83,6 +83,17 @@ def test_a_reader_is_sent_the_nearest_copy(world: World, vram: Donation, dram: D
     world.check()
 
 
+def test_the_own_hosts_copy_comes_before_another_hosts(world: World, dram: Donation) -> None:
+    elsewhere = world.donor("o", tier=Tier.VRAM, device="gpu-1", host=b"another-host-016", remote=b"peer-o")
+    reader = Client(world, "r", device="gpu-1")
+    elsewhere.donor.store(keys(1))
+    assert sent_to(reader, key(1)) == elsewhere.number, "there is no other"
+    dram.donor.store(keys(1), into=dram.number)
+    assert sent_to(reader, key(1)) == dram.number
+    assert sent_to(Client(world, "h", host=b"another-host-016"), key(1)) == elsewhere.number
+    world.check()
+
+
 def test_a_run_of_copied_and_other_chunks_is_sent_whole(world: World, vram: Donation, dram: Donation) -> None:
     writer = vram.donor
     writer.store(keys(1, 2, 3))

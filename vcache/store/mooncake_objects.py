@@ -43,7 +43,8 @@ NICENESS: Final = 10
 #: Objects that have come are verified by so many threads, so many bytes at a time.
 VERIFIERS: Final = 2
 VERIFIED_BYTES: Final = 8 << 20
-#: Between two looks at transfers under way.
+#: Between two looks at transfers under way: the first, which is doubled each time, and the longest.
+FIRST_PAUSE_S: Final = 0.0001
 PAUSE_S: Final = 0.001
 #: A transfer that takes longer is given up, should the transport's own time-outs not end it.
 LONGEST_S: Final = 30.0
@@ -235,6 +236,7 @@ class Objects:
         """Waits for transfers; indices of those that are done, ``VERIFIED_BYTES`` or so at a time."""
         come: list[int] = []
         given_up_at = time.monotonic() + LONGEST_S
+        pause_s = FIRST_PAUSE_S
         while under_way and time.monotonic() < given_up_at:
             for index, transfer in list(under_way.items()):
                 state = self._engine.transfer_check_status(transfer)
@@ -249,7 +251,8 @@ class Objects:
                 yield come
                 come = []
             if under_way:
-                time.sleep(PAUSE_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, PAUSE_S)
         for index in under_way:
             reading.codes[index] = TAINTED
         if come:
