@@ -86,7 +86,7 @@ def _is_index(token: object) -> bool:
 def _array_values(tokens: object) -> npt.NDArray[Any]:
     torch = sys.modules.get("torch")  # a tensor can only come from a process that has loaded it
     if torch is not None and isinstance(tokens, torch.Tensor):
-        if tokens.layout != torch.strided or tokens.device.type == "meta":
+        if tokens.layout != torch.strided or tokens.is_meta:
             raise ValueError(f"tokens must be a dense tensor with values, got {tokens.layout} on {tokens.device}")
         if tokens.dtype == torch.bool or tokens.dtype.is_floating_point or tokens.dtype.is_complex:
             raise ValueError(f"tokens must be integers, got {tokens.dtype}")

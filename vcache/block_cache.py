@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
-from vcache.keys import ChunkKey
+from vcache.keys import ChunkKey, parts_of
 from vcache.log import KeyText
 from vcache.moving_up import Run
 from vcache.pending import KeyHits, PendingRetrieve, PendingStore
@@ -28,7 +28,7 @@ from vcache.pool.reading import PendingRead, begin_read
 from vcache.pool.writing import PendingWrite, begin_write
 from vcache.prefetch import PrefetchHandle
 from vcache.promotion import PROMOTION_VALUES, Promotion
-from vcache.protocol import MAX_KEYS_PER_CALL, Outcome, Tier
+from vcache.protocol import Outcome, Tier
 from vcache.stats import Counters, StatsValue, server_values
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class BlockCache:
     ) -> KeyHits:
         """The leading run of ``keys`` with all ranks' shards: in the pool, then going on in the store.
 
-        A lease covers at most the first ``MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
+        A lease covers at most the first ``protocol.MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
         """
         started = time.perf_counter()
         pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
@@ -159,7 +159,7 @@ class BlockCache:
         """Copies into what ``reserve_store`` was granted; completing a copy that failed gives it back."""
         start = 0
         with self._failures.contained("store"):
-            for write, part in zip(writes, _parts(keys), strict=False):  # fewer, after a failure
+            for write, part in zip(writes, parts_of(keys), strict=False):  # fewer, after a failure
                 write.copy_from(kv, block_ids[start + write.granted])
                 start += len(part)
 
@@ -168,7 +168,7 @@ class BlockCache:
         stored = granted = 0
         moved: Counter[Tier] = Counter()
         try:
-            for write, part in zip(writes, _parts(keys), strict=False):  # fewer, after a failure
+            for write, part in zip(writes, parts_of(keys), strict=False):  # fewer, after a failure
                 granted += len(write.granted)
                 with self._failures.contained("store"):
                     count = write.complete()
@@ -205,11 +205,11 @@ class BlockCache:
 
     def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction; how many."""
-        return self._shielded("pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in _parts(keys)), 0)
+        return self._shielded("pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in parts_of(keys)), 0)
 
     def unpin(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins; how many."""
-        return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in _parts(keys)), 0)
+        return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in parts_of(keys)), 0)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int | None:
         """Removes chunks with all ranks' shards from pool and store; how many the pool had. ``None``: not all confirmed it."""
@@ -266,7 +266,8 @@ class BlockCache:
         """Makes known to the write policy and to promotion what was loaded: ``pool`` chunks, then ``below`` from the store."""
         run = self._run_of(retrieve.kv, retrieve.keys, parent=retrieve.parent, tenant=retrieve.tenant)
         if pool:
-            placements = np.concatenate([read.placements for read, _ in retrieve.reads])[:pool]
+            first, *others = (read.placements for read, _ in retrieve.reads)
+            placements = (np.concatenate([first, *others]) if others else first)[:pool]
             if self._below is not None:
                 self._below.hit(retrieve.keys[:pool], placements, layout=run.layout)
             if self._promotion is not None:
@@ -280,7 +281,7 @@ class BlockCache:
     def _remove_from_pool(self, keys: Sequence[ChunkKey]) -> int | None:
         """How many it had; ``None``: of some it does not say that they are gone."""
         removed = 0
-        for part in _parts(keys):
+        for part in parts_of(keys):
             count = self._shielded("remove", partial(self._client.remove, b"".join(part)), None)
             if count is None:
                 return None
@@ -312,7 +313,7 @@ class BlockCache:
 
     def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> tuple[int, int]:
         hits = lease = 0
-        for part in _parts(keys):
+        for part in parts_of(keys):
             found = self._client.lookup(b"".join(part), 0.0 if hits else lease_s, waits=waits)
             hits += found.hits
             lease = lease or found.lease
@@ -325,7 +326,7 @@ class BlockCache:
     ) -> None:
         """Begins to load, adding to ``reads`` what is to be completed."""
         start = 0
-        for part in _parts(keys):
+        for part in parts_of(keys):
             read = begin_read(self._client, part, self._rank)
             reads.append((read, False))
             read.copy_to(kv, block_ids[start : start + read.hits])
@@ -345,7 +346,7 @@ class BlockCache:
         pin_s: float,
     ) -> None:
         """Begins to store, adding to ``writes`` what is to be completed."""
-        for part in _parts(keys):
+        for part in parts_of(keys):
             write = begin_write(
                 self._client,
                 part,
@@ -365,10 +366,10 @@ class BlockCache:
     def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
         """Bytes of these placements; of segments that the present server does not know, none."""
         moved: Counter[Tier] = Counter()
-        for (number, nbytes), count in Counter(placements[["segment", "nbytes"]].tolist()).items():
+        for number, *_, nbytes in placements.tolist():
             info = self._client.session.info(number)
             if info is not None:
-                moved[info.tier] += nbytes * count
+                moved[info.tier] += nbytes
         return moved
 
     def _count_outcomes(self, write: PendingWrite) -> None:
@@ -389,12 +390,6 @@ class BlockCache:
             return otherwise
         finally:
             self._in_flight.leave()
-
-
-def _parts(keys: Sequence[ChunkKey]) -> Iterator[Sequence[ChunkKey]]:
-    """``keys`` in as few calls as the protocol allows: one, save for the very longest prompts."""
-    for start in range(0, len(keys), MAX_KEYS_PER_CALL):
-        yield keys[start : start + MAX_KEYS_PER_CALL]
 
 
 def _span(keys: Sequence[ChunkKey]) -> KeyText:

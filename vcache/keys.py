@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NewType, cast
 
 from vcache.arguments import packed_tokens, utf8
 from vcache.errors import ConfigError
-from vcache.protocol import KEY_BYTES
+from vcache.protocol import KEY_BYTES, MAX_KEYS_PER_CALL
 
 if TYPE_CHECKING:
     from vcache.arguments import Tokens
@@ -184,6 +184,13 @@ def chunk_keys(
     identity, hashes of images). Bad input raises a ``ValueError`` that names the argument.
     """
     return KeyChain(chunk_size=chunk_size, fingerprint=fingerprint, salt=salt, extra_keys=extra_keys).extend(tokens)
+
+
+def parts_of(keys: Sequence[ChunkKey]) -> list[Sequence[ChunkKey]]:
+    """``keys`` in as few calls as the protocol allows: one, save for the very longest prompts."""
+    if len(keys) <= MAX_KEYS_PER_CALL:
+        return [keys] if keys else []
+    return [keys[start : start + MAX_KEYS_PER_CALL] for start in range(0, len(keys), MAX_KEYS_PER_CALL)]
 
 
 def _extra_fields(extra_keys: Sequence[str | bytes]) -> bytes:

@@ -70,7 +70,8 @@ def test_the_checksum_is_the_documented_one(words):
     for word in [*words[:9], *words[10:14], (words[15] + 1) & ~1]:
         state = (state ^ (word & (1 << 64) - 1)) * 0xFF51AFD7ED558CCD % (1 << 64)
         state ^= state >> 32
-    assert checksums(np.array([words], dtype=np.uint64))[0] == state
+    for count in (1, 100):  # numbers of Python, and arrays
+        assert checksums(np.array([words] * count, dtype=np.uint64)).tolist() == [state] * count
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vcache.errors import CapacityError, CorruptionError
 from vcache.memory.base import IndexArray, Memory, WordArray
-from vcache.pool.records import GENERATION, NBYTES, OFFSET, RECORD_BYTES, Directory
+from vcache.pool.records import GENERATION, NBYTES, OFFSET, RECORD_BYTES, Directory, folded
 from vcache.protocol import RecordInfo
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ _RECORDS: Final = 7
 _DATA: Final = 8
 _CHECKSUM: Final = 9
 HEADER_WORDS: Final = 10
-_FACTOR: Final = 0xFF51AFD7ED558CCD
-_MASK: Final = (1 << 64) - 1
 
 
 class Segment:
@@ -220,8 +218,4 @@ def _aligned(nbytes: int) -> int:
 
 
 def _checksum(words: Sequence[int]) -> int:
-    state = MAGIC
-    for word in words[:_CHECKSUM]:
-        state = (state ^ word) * _FACTOR & _MASK
-        state ^= state >> 32
-    return state
+    return folded(MAGIC, words[:_CHECKSUM])

@@ -229,7 +229,9 @@ class PendingWrite:
 
     def _map(self, granted: Granted) -> None:
         self.outcomes = [Outcome(outcome) for outcome in granted.outcomes]
-        self.granted = np.flatnonzero(np.frombuffer(granted.outcomes, dtype=np.uint8) == Outcome.GRANTED)
+        self.granted = np.array(
+            [index for index, outcome in enumerate(granted.outcomes) if outcome == Outcome.GRANTED], dtype=np.int64
+        )
         self.placements = granted.placements
         for number, info in granted.infos.items():
             use = self._client.use_segment(info)

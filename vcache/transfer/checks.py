@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +30,9 @@ class CheckedCopy:
 def check_gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array) -> CheckedCopy:
     """Check a copy of blocks into payloads. A block may be stored twice; payloads must not share bytes."""
     copy = _check(kv, block_ids, segment, offsets)
-    in_order = np.sort(copy.offsets)
-    close = np.flatnonzero(np.diff(in_order) < copy.payload_bytes)
-    if close.size:
-        first, second = in_order[close[0] : close[0] + 2]
-        raise ValueError(f"offsets {first} and {second} are closer than a payload of {copy.payload_bytes} bytes")
+    for first, second in pairwise(sorted(copy.offsets.tolist())):
+        if second - first < copy.payload_bytes:
+            raise ValueError(f"offsets {first} and {second} are closer than a payload of {copy.payload_bytes} bytes")
     return copy
 
 
