@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #: Parts of batches under way at once, hung ones included.
 THREADS: Final = 16
 #: A thread that waits for a write spins (0.3.13): those that read go first.
-NICENESS: Final = 10
+NICENESS: Final = 5
 #: Objects that have come are verified by so many threads, so many bytes at a time.
 VERIFIERS: Final = 2
 VERIFIED_BYTES: Final = 8 << 20
