@@ -28,6 +28,7 @@ class Lease(msgspec.Struct, gc=False, eq=False):
     run: list[Entry]
     placements: bytes  # as sent to the reader; empty for a lookup's lease
     deadline: float
+    name: int = 0  # its session's; 0: it has none
 
     def placement(self, at: int) -> tuple[int, int, int] | None:
         """Segment number, record and generation of what the reader was sent for the run's ``at``-th chunk."""
@@ -45,6 +46,7 @@ class LeaseTable:
         self._by_id: dict[int, Lease] = {}
         self._of_session: dict[bytes, dict[int, Lease]] = {}
         self._keys_of_session: dict[bytes, int] = {}
+        self._named: dict[tuple[bytes, int], int] = {}
         self._deadlines: Deadlines[int] = Deadlines(self._deadline)
         self.next_id = first_id
 
@@ -59,23 +61,29 @@ class LeaseTable:
         """The id of the oldest lease there is; ``next_id`` when there is none."""
         return next(iter(self._by_id), self.next_id)
 
-    def grant(self, session: bytes, run: list[Entry], placements: bytes, deadline: float) -> int:
-        """Leases the run; 0 when the session holds too many."""
+    def grant(self, session: bytes, run: list[Entry], placements: bytes, deadline: float, *, name: int = 0) -> int:
+        """Leases the run; 0 when the session holds too many, or one of this name."""
         mine = self._of_session.get(session)
         if mine is None:
             mine = self._of_session[session] = {}
             self._keys_of_session[session] = 0
         keys = self._keys_of_session[session] + len(run)
-        if len(mine) >= LEASES_PER_SESSION or keys > LEASED_KEYS_PER_SESSION:
+        if len(mine) >= LEASES_PER_SESSION or keys > LEASED_KEYS_PER_SESSION or (session, name) in self._named:
             return 0
         self._keys_of_session[session] = keys
         for entry in run:
             entry.holds += 1
         lease_id = self.next_id
         self.next_id += 1
-        self._by_id[lease_id] = mine[lease_id] = Lease(lease_id, session, run, placements, deadline)
+        self._by_id[lease_id] = mine[lease_id] = Lease(lease_id, session, run, placements, deadline, name)
+        if name:
+            self._named[session, name] = lease_id
         self._deadlines.push(deadline, lease_id)
         return lease_id
+
+    def named(self, session: bytes, name: int) -> int:
+        """The id of a session's lease of this name; 0 when there is none."""
+        return self._named.get((session, name), 0)
 
     def release(self, session: bytes, lease_id: int) -> Lease | None:
         """Ends a lease of this session and answers it; None when there is no such."""
@@ -109,6 +117,8 @@ class LeaseTable:
     def _end(self, lease: Lease) -> None:
         del self._by_id[lease.id]
         del self._of_session[lease.session][lease.id]
+        if lease.name:
+            del self._named[lease.session, lease.name]
         self._keys_of_session[lease.session] -= len(lease.run)
         for entry in lease.run:
             entry.holds -= 1
@@ -118,5 +128,6 @@ class LeaseTable:
         assert {lease_id for mine in self._of_session.values() for lease_id in mine} == set(self._by_id)
         for session, mine in self._of_session.items():
             assert self._keys_of_session[session] == sum(len(lease.run) for lease in mine.values())
+        assert self._named == {(lease.session, lease.name): lease.id for lease in self if lease.name}
         assert all(lease.deadline >= now for lease in self._by_id.values()), "a lease outlived its deadline"
         assert all(self._deadlines.covers(lease.id, lease.deadline) for lease in self)

@@ -65,6 +65,14 @@ class Reads:
         lease = self._lease(session, present, b"", request.lease_s) if present and request.lease_s else 0
         return bytes(map(bool, found)), lease
 
+    def lease_run(self, session: Session, request: protocol.LeaseRun) -> None:
+        """Leases what a reader has found without asking, as far as it is there still."""
+        run = self._index.run(self._keys(request.keys))
+        self._counters["hit_keys"] += len(run)
+        self._catalog.policy.touch(run)
+        if run:
+            self._lease(session, run, b"", request.lease_s, name=request.id)
+
     def acquire(self, session: Session, request: protocol.Acquire) -> tuple[int, bytes]:
         """The lease on the leading run, and a placement of the rank's shard of each of its chunks."""
         run = self._index.run(self._keys(request.keys))
@@ -101,16 +109,17 @@ class Reads:
                 return
             self._tombstones.bury(entry)
 
-    def _lease(self, session: Session, run: list[Entry], packed: bytes, lease_s: float) -> int:
+    def _lease(self, session: Session, run: list[Entry], packed: bytes, lease_s: float, *, name: int = 0) -> int:
         longest = self._catalog.settings.max_lease_s
         deadline = self._catalog.now + (min(lease_s, longest) if lease_s else longest)
-        lease = self._leases.grant(session.id, run, packed, deadline)
+        lease = self._leases.grant(session.id, run, packed, deadline, name=name)
         self._counters["leases" if lease else "leases_refused"] += 1
         return lease
 
     def release(self, session: Session, request: protocol.Release) -> None:
         """Ends the lease. *reader reports*: placements whose record did not validate are dropped and retired."""
-        lease = self._leases.release(session.id, request.lease)
+        lease_id = self._leases.named(session.id, request.lease) if request.is_named else request.lease
+        lease = self._leases.release(session.id, lease_id)
         if lease is None:
             return
         for at in request.invalid:

@@ -87,6 +87,7 @@ class Service:
             protocol.DrainSegment: self._drain,
             protocol.Lookup: self._lookup,
             protocol.Locate: self._locate,
+            protocol.LeaseRun: self._lease_run,
             protocol.Acquire: self._acquire,
             protocol.Release: self._release,
             protocol.Reserve: self._reserve,
@@ -257,6 +258,9 @@ class Service:
 
     def _locate(self, session: Session, sender: bytes, request: protocol.Locate) -> Located:
         return Located(request.id, self.term, *self.reads.locate(session, request))
+
+    def _lease_run(self, session: Session, sender: bytes, request: protocol.LeaseRun) -> None:
+        self.reads.lease_run(session, request)
 
     def _acquire(self, session: Session, sender: bytes, request: protocol.Acquire) -> Placements:
         return Placements(request.id, self.term, *self.reads.acquire(session, request), self._untold(session))

@@ -139,6 +139,24 @@ def test_a_lease_cannot_be_released_by_another_session(world: World) -> None:
     assert len(world.service.leases) == 1 and writer.hits(keys(1)) == 1
 
 
+def test_a_lease_under_a_name_holds_what_is_there_and_ends_by_its_name(world: World) -> None:
+    writer, other = world.donor("d").donor, Client(world, "o")
+    writer.store(keys(1, 2))
+    name = writer.send(protocol.LeaseRun, b"".join([*keys(1, 2), key(9)]), 3.0)
+    [lease] = world.service.leases
+    assert [entry.key for entry in lease.run] == keys(1, 2) and lease.name == name
+    writer.send(protocol.LeaseRun, key(9), 3.0)
+    other.send(protocol.Release, name, [], True)
+    writer.send(protocol.Release, name, [])
+    assert len(world.service.leases) == 1, "nothing was there, another session's name, an id that is none"
+    writer.send(protocol.Release, name, [], True)
+    assert len(world.service.leases) == 0
+    writer.send(protocol.Release, name, [], True)
+    writer.send(protocol.LeaseRun, key(1), 2.0)
+    world.pass_time(2.5)
+    assert len(world.service.leases) == 0 and world.service.counters["leases_expired"] == 1
+
+
 def test_a_chunk_with_a_time_to_live_ends_also_after_a_restart(world: World) -> None:
     donation = world.donor("d")
     donation.donor.store(keys(1), ttl_s=10)

@@ -230,6 +230,14 @@ class Pool(RuleBasedStateMachine):
             reading.copies.clear()
             reading.finish()
 
+    @rule(pick=picks, name=chains, lease_s=st.floats(0.1, 6), gives_back=st.booleans())
+    def lease_under_a_name(self, pick: int, name: str, lease_s: float, gives_back: bool) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None:
+            number = client.send(protocol.LeaseRun, b"".join(chain(name, 0, 2)), lease_s)
+            if gives_back:
+                client.send(protocol.Release, number, [], True)
+
     @rule(pick=picks, name=chains, pin_s=st.floats(0.1, 6))
     def pin(self, pick: int, name: str, pin_s: float) -> None:
         client = self.one(pick, self.awake())

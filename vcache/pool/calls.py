@@ -1,5 +1,4 @@
-"""The calls' socket: one request and its reply on the caller's own thread, under a lock; messages whose sender
-does not wait in between.
+"""The calls' socket: one request and its reply on the caller's own thread, under a lock; one-way messages in between.
 
 What comes back late is not lost: grants that nobody waits for any more are given back, leases released. Grants are taken into
 the session under the same lock, so that no later grant can be seen, and told by a heartbeat, before an earlier one is taken.
@@ -40,10 +39,9 @@ _CLOSE_LINGER_MS: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class OneWay:
-    """A message whose reply, if there is one, is not waited for. ``settles``: grants it tells of.
+    """A message without a reply. ``settles``: grants it tells of. ``is_commit``: to be told later if it cannot be now.
 
-    ``is_commit``: to be told later if it cannot be now. ``is_seen``: what this client looks up afterwards shows it (commits do).
-    ``id``: of the request, if its sender has to know it.
+    ``is_seen``: what this client looks up afterwards shows it (commits do). ``id``: the name that it gives to something, or 0.
     """
 
     make: MakeRequest
@@ -146,21 +144,9 @@ class Calls:
                 self._to_be_seen += 1
         self._flush_if_free()
 
-    def ask_for_lease(self, make: MakeRequest) -> int:
-        """Sends a lookup that asks for a lease, and does not wait for it: what to call the lease meanwhile."""
-        request_id = next(self._ids)
-        lease = self._session.promised(request_id)  # before the reply can come
-        self.tell(OneWay(make, id=request_id))
-        return lease
-
-    def hear(self) -> None:
-        """Takes the replies that have come and that nobody waits for. Never waits."""
-        if self._lock.acquire(blocking=False):
-            try:
-                while not self._closed and self._socket.poll(0):
-                    self._strayed(decoded(self._socket.recv()))
-            finally:
-                self._unlock()
+    def name(self) -> int:
+        """An id that no other request has, for one that is to be told with it."""
+        return next(self._ids)
 
     def close(self) -> None:
         """Sends what is queued, then closes the socket. Harmless when called twice."""
@@ -208,8 +194,6 @@ class Calls:
             return
         if reply.id in self._deferred:
             self._deferred[reply.id] = reply
-            return
-        if isinstance(reply, Hits) and self._session.kept(reply):
             return
         self._count("stale_replies")
         if isinstance(reply, Grants):

@@ -181,18 +181,12 @@ class PoolClient:
         )
 
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
-        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits.
-
-        One that was asked for and not granted yet is given back when the reply is read, or ends by its deadline.
-        """
-        if lease < 0 and os.getpid() == self._pid:
-            self._calls.hear()
-        named = self.session.released(lease) if lease else 0
-        if named:
+        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits."""
+        if lease and self.session.released(lease):
             verdict = list(invalid)
             self._tell(
                 OneWay(
-                    lambda id_, session, term: protocol.Release(id_, session, term, named, verdict),
+                    lambda id_, session, term: protocol.Release(id_, session, term, abs(lease), verdict, lease < 0),
                     is_seen=bool(verdict),  # what did not validate is dropped
                 )
             )
@@ -363,13 +357,12 @@ class PoolClient:
         if hits is None:
             return None
         self.count("index_lookups")
-        lease = 0
-        if hits and lease_s:
-            keys = keys[: KEY_BYTES * hits]
-            lease = self._calls.ask_for_lease(
-                lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s)
-            )
-        return Hits(0, term, hits, lease)
+        return Hits(0, term, hits, self._lease_run(keys[: KEY_BYTES * hits], lease_s) if hits and lease_s else 0)
+
+    def _lease_run(self, keys: bytes, lease_s: float) -> int:
+        name = self._calls.name()
+        self._tell(OneWay(lambda id_, session, term: protocol.LeaseRun(id_, session, term, keys, lease_s), id=name))
+        return self.session.leased_as(name)
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None

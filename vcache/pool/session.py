@@ -24,7 +24,6 @@ from vcache.protocol import (
     Allocate,
     Assign,
     Grants,
-    Hits,
     Outcome,
     Placements,
     Reservation,
@@ -70,7 +69,7 @@ class _Held:
 
     outstanding: dict[int, Reservation] = field(default_factory=dict)
     untold: set[int] = field(default_factory=set)
-    leases: dict[int, int] = field(default_factory=dict)  # by what the caller calls it; 0: asked for, not told yet
+    leases: set[int] = field(default_factory=set)  # ids as the server said them, or less than nothing: names of our own
     seen: int = 0
 
 
@@ -147,7 +146,7 @@ class Session:
         with self._lock:
             if not term or term != self.term:
                 return False
-            self._held.leases[lease] = lease
+            self._held.leases.add(lease)
             return True
 
     def acquired(self, reply: Placements) -> Acquired | None:
@@ -156,29 +155,24 @@ class Session:
             if not reply.term or reply.term != self.term:
                 return None
             if reply.lease:
-                self._held.leases[reply.lease] = reply.lease
+                self._held.leases.add(reply.lease)
             self._learn(reply.segments)
             placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
             return Acquired(reply.lease, placements, self._named(placements))
 
-    def promised(self, request_id: int) -> int:
-        """What the lease is called that this request asks for, before its reply has come."""
+    def leased_as(self, name: int) -> int:
+        """What to call a lease that is asked for under a name of our own."""
         with self._lock:
-            self._held.leases[-request_id] = 0
-        return -request_id
+            self._held.leases.add(-name)
+        return -name
 
-    def kept(self, reply: Hits) -> bool:
-        """The reply to a request whose lease was promised: whether somebody still wants it."""
+    def released(self, lease: int) -> bool:
+        """Whether it was held in this term, and so is to be given back."""
         with self._lock:
-            if reply.term != self.term or -reply.id not in self._held.leases:
+            if lease not in self._held.leases:
                 return False
-            self._held.leases[-reply.id] = reply.lease
+            self._held.leases.discard(lease)
             return True
-
-    def released(self, lease: int) -> int:
-        """The server's name of the lease if it was held in this term and so is to be given back, else 0."""
-        with self._lock:
-            return self._held.leases.pop(lease, 0)
 
     # --- grants and evidence --------------------------------------------------------------------------------------
 

@@ -130,6 +130,13 @@ class Locate(Request, tag=24):
     lease_s: Seconds
 
 
+class LeaseRun(Request, tag=25):
+    """Leases the leading run of these chunks that is present (one-way). The lease has this request's id for a name."""
+
+    keys: KeyBlob
+    lease_s: Seconds
+
+
 class Acquire(Request, tag=9):
     """The leading run as in ``Lookup``, leased, with one placement of ``rank``'s shard for each chunk of it."""
 
@@ -139,10 +146,14 @@ class Acquire(Request, tag=9):
 
 
 class Release(Request, tag=10):
-    """Ends a lease (one-way). ``invalid``: indices in the run whose record did not validate: the placements are dropped."""
+    """Ends a lease (one-way). ``invalid``: indices in the run whose record did not validate: the placements are dropped.
+
+    ``lease``: as the server said it; or, with ``is_named``, the id of the ``LeaseRun`` that asked for it.
+    """
 
     lease: U63
     invalid: Annotated[list[U32], msgspec.Meta(max_length=MAX_KEYS_PER_CALL)]
+    is_named: bool = False
 
 
 class Reserve(Request, tag=11):
@@ -281,6 +292,7 @@ AnyRequest = (
     | DrainSegment
     | Lookup
     | Locate
+    | LeaseRun
     | Acquire
     | Release
     | Reserve
@@ -299,4 +311,4 @@ AnyRequest = (
 )
 
 #: Requests that never get a reply, not even an error.
-ONE_WAY: Final = (Release, Commit, Abort, Touch, Demoted, Pulled)
+ONE_WAY: Final = (LeaseRun, Release, Commit, Abort, Touch, Demoted, Pulled)
