@@ -67,8 +67,10 @@ class ExtentAllocator:
         size = self._sizes[at]
         starts = self._starts[size]
         start = starts.pop()  # any of them: equal holes are equally good
-        starts.add(start)
-        self._take(start)
+        if not starts:
+            del self._starts[size], self._sizes[at]
+        del self._size_at[start], self._start_of[start + size]
+        self.free_bytes -= size
         if size > wanted:
             self._add(start + wanted, size - wanted)
         return start

@@ -19,15 +19,16 @@ def segments_for_write(
     segments: Iterable[Segment], writer: Session, request: Reserve, policy: PlacementPolicy
 ) -> list[Segment]:
     """The segments that can take the request's payloads, the best last (the caller pops what turns out to be full)."""
+    nbytes, host = request.nbytes, writer.host
     able = [
         segment
         for segment in segments
-        if segment.state is SegmentState.SERVING
-        and segment.info.host == writer.host
-        and segment.data_bytes >= request.nbytes
+        if segment.state is SegmentState.SERVING and segment.info.host == host and segment.data_bytes >= nbytes
     ]
     if is_for_copy(request):
         able = [segment for segment in able if is_target(segment, writer, request)]
+    if len(able) < 2:
+        return able
     if policy == "local_first":
         able.sort(key=lambda segment: (-segment.info.tier, segment.info.device == writer.device, _free_bytes(segment)))
     else:

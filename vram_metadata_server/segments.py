@@ -110,6 +110,7 @@ class Segment:
         self.number = info.number
         self.donor = donor
         self.data_offset = data_offset
+        self.data_bytes = max(0, info.nbytes - data_offset)
         self.record_count = record_count
         self.state = SegmentState.GATED
         self.gate: Gate | None = Gate(waiting)
@@ -132,10 +133,6 @@ class Segment:
     @property
     def is_readable(self) -> bool:
         return self.state in (SegmentState.GATED, SegmentState.SERVING)
-
-    @property
-    def data_bytes(self) -> int:
-        return max(0, self.info.nbytes - self.data_offset)
 
     @property
     def used_bytes(self) -> int:

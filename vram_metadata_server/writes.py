@@ -84,7 +84,7 @@ class Writes:
                 parent = key
         self.count(outcomes)
         if best is not None:
-            if Outcome.NO_SPACE in outcomes:
+            if len(granted) < len(keys) and Outcome.NO_SPACE in outcomes:
                 if not best.is_pulling(keys):  # what is pulled pushes nothing out
                     catalog.pressure.nudge(best, request.nbytes)
             elif granted:
@@ -174,10 +174,12 @@ class Writes:
     def count(self, outcomes: bytearray) -> None:
         """Counts what became of so many keys."""
         counters = self._catalog.counters
-        counters["reserved"] += outcomes.count(Outcome.GRANTED)
-        counters["reserve_exists"] += outcomes.count(Outcome.EXISTS)
-        counters["reserve_no_space"] += outcomes.count(Outcome.NO_SPACE)
-        counters["reserve_declined"] += outcomes.count(Outcome.DECLINED)
+        granted = outcomes.count(Outcome.GRANTED)
+        counters["reserved"] += granted
+        if granted < len(outcomes):
+            counters["reserve_exists"] += outcomes.count(Outcome.EXISTS)
+            counters["reserve_no_space"] += outcomes.count(Outcome.NO_SPACE)
+            counters["reserve_declined"] += outcomes.count(Outcome.DECLINED)
 
     # --- the writer tells -----------------------------------------------------------------------------------------
 

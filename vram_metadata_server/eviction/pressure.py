@@ -31,9 +31,10 @@ class Pressure:
 
     def check(self, segment: Segment) -> None:
         """To be called when a segment has got fuller."""
-        if segment.space is None or segment in self.targets:
+        space = segment.space
+        if space is None or segment in self.targets:
             return
-        total = segment.space.total_bytes
+        total = space.total_bytes
         if segment.staying_bytes > self._high * total or segment.staying_records > self._high * segment.record_count:
             self.targets[segment] = (int(self._low * total), int(self._low * segment.record_count))
 
