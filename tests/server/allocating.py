@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from tests.server.members import Client, Donation, Write
+from tests.server.donation import Donation
+from tests.server.members import Client, Write
 from tests.server.memory import UNIT
 from vcache import protocol
 from vcache.protocol import PLACEMENT, Outcome

@@ -10,7 +10,8 @@ from vcache import protocol
 from vcache.protocol import Outcome
 
 if TYPE_CHECKING:
-    from tests.server.members import Donation, Write
+    from tests.server.donation import Donation
+    from tests.server.members import Write
 
 
 @dataclass

@@ -10,10 +10,11 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import invariant, rule
 
 from tests.server.allocating import allocate, assign, unnamed
-from tests.server.world import HOST, SETTINGS, Client, Donation, Reading, SegmentMemory, World, Write, key
+from tests.server.pool_members import Members, picks
+from tests.server.world import HOST, SETTINGS, Client, Donation, Reading, SegmentMemory, World, key
 from vcache import protocol
 from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
@@ -27,107 +28,28 @@ OTHER_HOST = b"the-other-host-2"
 
 positions = st.integers(0, LENGTH - 1)
 chains = st.sampled_from(CHAINS)
-picks = st.integers(0, 1000)
 
 
 def chain(name: str, first: int, count: int) -> list[bytes]:
     return [key(f"{name}{at}") for at in range(first, min(first + count, LENGTH))]
 
 
-class Pool(RuleBasedStateMachine):
-    """All on one host."""
-
-    hosts: tuple[bytes, ...] = (HOST,)
-    most_donors = 2
+class Pool(Members):
+    """What is written, read and removed, and what must hold after every step."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.world = World(SETTINGS)
-        self.made = 0
-        self.donors: list[Client] = []
         self.readings: list[Reading] = []
         self.removals: list[tuple[Client, int, set[int], int]] = []  # client, id, generations it removes, term
         self.removed: list[tuple[set[int], set[bytes] | None, int]] = []  # generations, segments of that term, term
         self.indexed: dict[int, tuple[bytes, int]] = {}  # every generation that ever was a placement: key, tenant
         self.registered: set[bytes] = set()  # segments registered in this term
-        self.add_donor()
-        self.add_donor()
-        self.add_writer()
-
-    # --- who is there ---------------------------------------------------------------------------------------------
-
-    def awake(self) -> list[Client]:
-        return [c for c in self.world.clients if c.is_alive and not c.is_suspended]
-
-    def one(self, pick: int, among: list[Any]) -> Any:
-        return among[pick % len(among)] if among else None
-
-    def writes(self) -> list[tuple[Client, Write]]:
-        return [(client, write) for client in self.awake() for write in client.outstanding.values()]
-
-    def donations(self) -> list[Donation]:
-        return [donation for client in self.awake() for donation in client.donations]
-
-    @precondition(lambda self: sum(c.is_alive for c in self.donors) < self.most_donors)
-    @rule()
-    def add_donor(self) -> None:
-        self.made += 1
-        is_alone = len(self.hosts) == 1
-        donation = Donation(
-            Client(self.world, f"d{self.made}", host=self._host()),
-            SegmentMemory(f"m{self.made}", records=3, units=3),
-            tier=Tier.VRAM if self.made % 2 or not is_alone else Tier.DRAM,
-            spills=self.made % 2 == 0 and is_alone,
-            remote=b"" if is_alone else b"peer",
-            register=False,
-        )
-        self.donors.append(donation.donor)
-        donation.register(anew=False)
-        donation.hand_over()
-
-    @precondition(lambda self: sum(c.is_alive for c in self.world.clients) < 4)
-    @rule()
-    def add_writer(self) -> None:
-        self.made += 1
-        Client(self.world, f"w{self.made}", host=self._host())
-
-    def _host(self) -> bytes:
-        return self.hosts[self.made % len(self.hosts)]
-
-    @rule(pick=picks)
-    def suspend(self, pick: int) -> None:
-        client = self.one(pick, self.awake())
-        if client is not None:
-            client.is_suspended = True
-
-    @rule(pick=picks)
-    def resume(self, pick: int) -> None:
-        client = self.one(pick, [c for c in self.world.clients if c.is_alive and c.is_suspended])
-        if client is not None:
-            client.is_suspended = False
-
-    @rule(pick=picks, messages_arrive=st.booleans())
-    def kill(self, pick: int, messages_arrive: bool) -> None:
-        client = self.one(pick, [c for c in self.world.clients if c.is_alive])
-        if client is not None and pick % 2 == 0:
-            client.kill(messages_arrive=messages_arrive)
-
-    @rule(pick=picks)
-    def goodbye(self, pick: int) -> None:
-        client = self.one(pick, self.awake())
-        if client is not None and pick % 4 == 0:
-            client.goodbye()
+        super().__init__()
 
     @rule()
     def restart_server(self) -> None:
-        self.world.restart_server()
+        super().restart_server()
         self.removals.clear()
         self.registered.clear()
-
-    @rule()
-    def restart_server_and_its_donors_are_quick(self) -> None:
-        self.restart_server()
-        self.donors_work()
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -273,90 +195,6 @@ class Pool(RuleBasedStateMachine):
             gone |= {g for g, copy in self.copies().items() if everything or copy.tenant == tenant}
             number = client.send(protocol.Clear, tenant, everything)
             self.removals.append((client, number, gone, self.world.service.term))
-
-    # --- donors and time ------------------------------------------------------------------------------------------
-
-    @rule(pick=picks, most=st.sampled_from([1, None]))
-    def donor_obeys(self, pick: int, most: int | None) -> None:
-        donation = self.one(pick, self.donations())
-        if donation is not None:
-            donation.obey(most)
-
-    @rule(pick=picks)
-    def demotion_begins(self, pick: int) -> None:
-        donation = self.one(pick, [donation for donation in self.donations() if donation.sinking])
-        if donation is not None:
-            donation.begin_demotion()
-
-    @rule(pick=picks)
-    def demotion_ends(self, pick: int) -> None:
-        donation = self.one(pick, [donation for donation in self.donations() if donation.copying])
-        if donation is not None:
-            donation.finish_demotion()
-
-    @rule(pick=picks)
-    def pull_reads(self, pick: int) -> None:
-        donation = self.one(pick, [donation for donation in self.donations() if donation.pulls.orders])
-        if donation is not None:
-            donation.pulls.read_payload()
-
-    @rule(pick=picks)
-    def pull_goes_on(self, pick: int) -> None:
-        donation = self.one(pick, [donation for donation in self.donations() if donation.pulls.staged])
-        if donation is not None:
-            donation.pulls.advance()
-
-    @rule(pick=picks, pages=st.sampled_from([1, None]))
-    def hand_over(self, pick: int, pages: int | None) -> None:
-        donation = self.one(pick, self.donations())
-        if donation is not None:
-            donation.hand_over(pages, page=1 if pages else 2)
-
-    @rule(pick=picks)
-    def drain(self, pick: int) -> None:
-        donation = self.one(pick, self.donations())
-        if donation is not None and pick % 3 == 0:
-            donation.drain()
-
-    @rule()
-    def donors_work(self) -> None:
-        for client in self.awake():
-            if client.donations:
-                client.heartbeat()
-        for donation in self.donations():
-            donation.hand_over()
-            donation.obey()
-        self.world.tick(drained=False)
-
-    @rule(pick=picks)
-    def heartbeat(self, pick: int) -> None:
-        client = self.one(pick, self.awake())
-        if client is not None:
-            client.heartbeat()
-
-    @rule(seconds=st.sampled_from([1.0, 3.0, 6.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.world.pass_time(seconds)
-
-    @rule(pick=picks, comes_back=st.booleans())
-    def a_donor_is_silent_for_long(self, pick: int, comes_back: bool) -> None:
-        donation = self.one(pick, self.donations())
-        if donation is not None:
-            donation.donor.is_suspended = True
-            self.world.pass_time(6.0, beat_s=2.0)
-            if comes_back:
-                donation.donor.is_suspended = False
-                self.donors_work()
-
-    @rule(drained=st.booleans())
-    def tick(self, drained: bool) -> None:
-        if drained:
-            self.world.beat()
-        self.world.tick(drained=drained)
-
-    @rule()
-    def settle(self) -> None:
-        self.world.settle()
 
     # --- what must hold -------------------------------------------------------------------------------------------
 

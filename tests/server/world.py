@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.server.members import HOST, Client, Donation, Reading, Write
+from tests.server.donation import Donation
+from tests.server.members import HOST, Client, Reading, Write
 from tests.server.memory import UNIT, SegmentMemory, key, keys
 from vcache import protocol
 from vram_metadata_server.index import Placement
