@@ -43,9 +43,9 @@ class Mooncake:
         self.address = f"{HOST}:{self._port}"
         self.master: Child | None = None
 
-    def start_master(self) -> Child:
+    def start_master(self, *flags: str) -> Child:
         command = master_command(host=HOST, port=self._port, metrics_port=self._metrics_port)
-        self.master = self._processes.start(command, extra=mooncake_environment(HOST))
+        self.master = self._processes.start([*command, *flags], extra=mooncake_environment(HOST))
         wait_for(self._accepts, "the master")
         return self.master
 

@@ -97,7 +97,21 @@ def test_with_two_replicas_one_owner_that_goes_loses_nothing(mooncake, opened, f
 
 def test_a_serving_process_may_own_memory_of_the_store(mooncake, opened):
     mooncake.start_master()
-    store, other = opened(segment_size="64MiB"), opened()
+    _both_load_what_one_owns(opened(segment_size="64MiB"), opened())
+
+
+def test_with_a_metadata_server_too(mooncake, opened):
+    port = free_port()
+    mooncake.start_master(
+        "--enable_http_metadata_server=true",
+        f"--http_metadata_server_host={HOST}",
+        f"--http_metadata_server_port={port}",
+    )
+    metadata = f"http://{HOST}:{port}/metadata"
+    _both_load_what_one_owns(opened(metadata=metadata, segment_size="64MiB"), opened(metadata=metadata))
+
+
+def _both_load_what_one_owns(store: GuardedStore, other: GuardedStore) -> None:
     await_ready(store)
     await_ready(other)
     fill(store, 4, NBYTES)

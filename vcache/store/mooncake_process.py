@@ -18,6 +18,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from vcache.companion.life import end_with
 from vcache.companion.link import Answer, Close, Failed, Link, LinkClosedError, Ready
 from vcache.errors import UnavailableError, VCacheError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 MASTER_RETRY_S: Final = 0.2
 #: Mooncake copies some things through this; our transfers go straight into staging memory.
 LOCAL_BUFFER_BYTES: Final = 16 << 20
+#: Instead of a metadata server.
+P2P: Final = "P2PHANDSHAKE"
 
 
 def main(arguments: list[str]) -> None:
@@ -42,6 +46,7 @@ def main(arguments: list[str]) -> None:
     assert isinstance(setup, Setup)
     staging = StagingMap(staging_fd, setup.staging_bytes)
     try:
+        setup = msgspec.structs.replace(setup, hostname=_name(setup))
         engine = started(setup)
         handle = joined(setup, engine)
     except (VCacheError, ImportError) as error:
@@ -70,6 +75,15 @@ def started(setup: Setup) -> TransferEngine:
     if code:
         raise UnavailableError(f"Mooncake's transfer engine cannot start on {setup.hostname} (code {code})")
     return engine
+
+
+def _name(setup: Setup) -> str:
+    """What others are to call this process: its address, at a metadata server with a port that no other has."""
+    if setup.metadata == P2P:
+        return setup.hostname  # the engine adds its own
+    with socket.socket(socket.AF_INET6 if ":" in setup.hostname else socket.AF_INET) as probe:
+        probe.bind((setup.hostname, 0))
+        return f"{setup.hostname}:{probe.getsockname()[1]}"  # should somebody take it now, this process is started anew
 
 
 def joined(setup: Setup, engine: TransferEngine | None = None) -> MooncakeDistributedStore:
