@@ -81,9 +81,11 @@ def _name(setup: Setup) -> str:
     """What others are to call this process: its address, at a metadata server with a port that no other has."""
     if setup.metadata == P2P:
         return setup.hostname  # the engine adds its own
-    with socket.socket(socket.AF_INET6 if ":" in setup.hostname else socket.AF_INET) as probe:
+    is_ipv6 = ":" in setup.hostname
+    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET) as probe:
         probe.bind((setup.hostname, 0))
-        return f"{setup.hostname}:{probe.getsockname()[1]}"  # should somebody take it now, this process is started anew
+        port = probe.getsockname()[1]  # should somebody take it now, this process is started anew
+    return f"[{setup.hostname}]:{port}" if is_ipv6 else f"{setup.hostname}:{port}"
 
 
 def joined(setup: Setup, engine: TransferEngine | None = None) -> MooncakeDistributedStore:
