@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Final, Self
 
@@ -53,6 +54,8 @@ class Shape:
     heads: int
     head_size: int
     counts: tuple[int, ...]
+    #: Beside LMCache and Mooncake, each with memory of its own for as much.
+    with_peers: bool = True
 
     @property
     def chunk_bytes(self) -> int:
@@ -62,10 +65,20 @@ class Shape:
     def most_bytes(self) -> int:
         return max(self.counts) * self.chunk_bytes
 
+    @property
+    def spare(self) -> int:
+        """How many times the blocks, and the space in the pool, that a call needs are there."""
+        return 2 if self.with_peers else 1
 
-#: 64 chunks of 32 MiB would be 2 GiB for each contestant: more than a small machine has for five.
+    @property
+    def needed_bytes(self) -> int:
+        """Blocks, as much in shared memory, a segment; and some to spare."""
+        return (2 * self.spare + 3) * self.most_bytes
+
+
 SHAPES: Final = (
     Shape(32, heads=8, head_size=128, counts=(1, 16)),
+    Shape(32, heads=8, head_size=128, counts=(64,), with_peers=False),
     Shape(8, heads=2, head_size=128, counts=(1, 64)),
     Shape(2, heads=1, head_size=64, counts=(1, 64)),
 )
@@ -79,22 +92,26 @@ def run(effort: Effort) -> list[Result]:
     before = torch.get_num_threads()
     torch.set_num_threads(default_threads())
     shapes = SHAPES if effort is Effort.FULL else QUICK_SHAPES
+    results: list[Result] = []
     try:
-        with Stage() as stage:
-            runtime_dir = stage.directory / "pool"
-            runtime_dir.mkdir(mode=0o700)
-            config = VCacheConfig(runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE)
-            most = max(shape.most_bytes for shape in shapes)
-            start_pool(stage, config, [Donation("cpu:0", 3 * most)])
-            results: list[Result] = []
-            for shape in shapes:
-                with _Contest(stage, config, shape) as contest:
-                    for chunks in shape.counts:
-                        for is_scattered in (True, False):
-                            results += contest.measure(chunks, is_scattered=is_scattered, effort=effort)
-            return results
+        for shape in shapes:
+            if shape.with_peers or os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE > shape.needed_bytes:
+                results += _of_shape(shape, effort)
+        return results
     finally:
         torch.set_num_threads(before)
+
+
+def _of_shape(shape: Shape, effort: Effort) -> Iterator[Result]:
+    with Stage() as stage:
+        runtime_dir = stage.directory / "pool"
+        runtime_dir.mkdir(mode=0o700)
+        config = VCacheConfig(runtime_dir=str(runtime_dir), chunk_size=CHUNK_SIZE, block_size=BLOCK_SIZE)
+        start_pool(stage, config, [Donation("cpu:0", (1 + shape.spare) * shape.most_bytes + (64 << 20))])
+        with _Contest(stage, config, shape) as contest:
+            for chunks in shape.counts:
+                for is_scattered in (True, False):
+                    yield from contest.measure(chunks, is_scattered=is_scattered, effort=effort)
 
 
 class _Contest:
@@ -106,7 +123,7 @@ class _Contest:
         self._ended = ExitStack()
         # One storage for all contestants; a block holds K and V, as in vLLM's CPU backend.
         self.storage = torch.zeros(
-            (LAYERS, 2 * self._blocks, BLOCK_SIZE, shape.heads, 2 * shape.head_size), dtype=torch.bfloat16
+            (LAYERS, shape.spare * self._blocks, BLOCK_SIZE, shape.heads, 2 * shape.head_size), dtype=torch.bfloat16
         )
         self.storage.view(torch.int16).random_()
         self._plain = self.storage.view(-1).view(torch.uint8)[: shape.most_bytes]
@@ -127,8 +144,11 @@ class _Contest:
         try:
             self._vcache = enter(VCacheEngine(self._config, model=model, kv_caches=planes))
             nbytes = 2 * shape.most_bytes + (64 << 20)
-            self._over_tcp = enter(self._mooncake(nbytes, in_process=False))
-            self._in_process = enter(self._mooncake(nbytes, in_process=True))
+            self._stores = {
+                who: enter(self._mooncake(nbytes, in_process=who == IN_PROCESS))
+                for who in (OVER_TCP, IN_PROCESS)
+                if shape.with_peers
+            }
         except BaseException:
             self._ended.close()
             raise
@@ -150,16 +170,22 @@ class _Contest:
         shape = self._shape
         blocks = "scattered" if is_scattered else "contiguous"
         case = f"{chunks} x {shape.chunk_mib} MiB, {blocks} blocks"
-        block_ids: npt.NDArray[np.int64] = np.arange(2 * self._blocks)
+        block_ids: npt.NDArray[np.int64] = np.arange(shape.spare * self._blocks)
         if is_scattered:
             block_ids = np.random.default_rng(0).permutation(block_ids)
         block_ids = block_ids[: chunks * BLOCKS_PER_CHUNK]
         kv_shape = (LAYERS, 2, CHUNK_SIZE, shape.heads, shape.head_size)
         storage = PagedStorage(self.storage, block_ids)
         nbytes = chunks * shape.chunk_bytes
-        with lmcache_engine(
-            kv_shape=kv_shape, chunk_size=CHUNK_SIZE, nbytes=2 * nbytes + (64 << 20), storage=storage
-        ) as lmcache:
+        with ExitStack() as ended:
+            room = 2 * nbytes + (64 << 20)
+            lmcache = (
+                ended.enter_context(
+                    lmcache_engine(kv_shape=kv_shape, chunk_size=CHUNK_SIZE, nbytes=room, storage=storage)
+                )
+                if shape.with_peers
+                else None
+            )
             case_of = _Case(self, lmcache, block_ids, chunks, nbytes)
             for way, prepare in (("store", case_of.stores), ("retrieve", case_of.retrieves)):
                 rounds = effort.rounds(ROUNDS)
@@ -169,6 +195,8 @@ class _Contest:
                 bars = {VCACHE: COPY_BAR} if is_judged else None
                 yield from compare(benchmark, case, figures, unit="GB/s", against=COPY, bars=bars)
                 bar = MOONCAKE_BAR if is_judged else None
+                if not shape.with_peers:
+                    continue
                 yield judge(benchmark, case, figures, VCACHE, unit="GB/s", against=OVER_TCP, bar=bar)
 
 
@@ -176,7 +204,12 @@ class _Case:
     """The acts of one case; each answers the seconds it took."""
 
     def __init__(
-        self, contest: _Contest, lmcache: LMCacheEngine, block_ids: npt.NDArray[np.int64], chunks: int, nbytes: int
+        self,
+        contest: _Contest,
+        lmcache: LMCacheEngine | None,
+        block_ids: npt.NDArray[np.int64],
+        chunks: int,
+        nbytes: int,
     ) -> None:
         self._contest, self._lmcache, self._nbytes = contest, lmcache, nbytes
         self._block_ids, self._chunks = block_ids, chunks
@@ -190,7 +223,7 @@ class _Case:
     def stores(self) -> dict[str, Figure]:
         """From the engine's blocks into the cache; what was stored is removed again, untimed."""
         contest, piece, names = self._contest, self._piece, self._names
-        vcache, lmcache = contest._vcache, self._lmcache
+        vcache = contest._vcache
         plain, shared = contest._plain[: self._nbytes], contest._shared[: self._nbytes]
 
         def to_vcache() -> float:
@@ -199,7 +232,7 @@ class _Case:
             _expect("VCache's chunks", vcache.clear(salt=salt), self._chunks)
             return seconds
 
-        def to_lmcache() -> float:
+        def to_lmcache(lmcache: LMCacheEngine) -> float:
             seconds = _timed(lambda: lmcache.store(self._tokens))
             _expect("LMCache's tokens", lmcache.clear(), self._chunks * CHUNK_SIZE)
             return seconds
@@ -209,40 +242,39 @@ class _Case:
             client.clear()
             return seconds
 
-        return {
-            COPY: lambda: _timed(lambda: shared.copy_(plain)),
-            VCACHE: to_vcache,
-            LMCACHE: to_lmcache,
-            OVER_TCP: lambda: put(contest._over_tcp),
-            IN_PROCESS: lambda: put(contest._in_process),
-        }
+        acts: dict[str, Figure] = {COPY: lambda: _timed(lambda: shared.copy_(plain)), VCACHE: to_vcache}
+        if self._lmcache is not None:
+            acts[LMCACHE] = partial(to_lmcache, self._lmcache)
+        return acts | {who: partial(put, client) for who, client in contest._stores.items()}
 
     def retrieves(self) -> dict[str, Figure]:
         """The other way. Checks first that VCache and LMCache bring back what they were given."""
         contest, piece, names = self._contest, self._piece, self._names
-        vcache, lmcache = contest._vcache, self._lmcache
+        vcache = contest._vcache
         plain, shared = contest._plain[: self._nbytes], contest._shared[: self._nbytes]
-        for client in (contest._over_tcp, contest._in_process):
+        for client in contest._stores.values():
             client.put(names, plain, piece)
         vcache.clear()
         vcache.store(self._tokens, slot_mapping=self._slots)
-        lmcache.store(self._tokens)
 
         def from_vcache() -> float:
             return _timed(lambda: _expect_all("VCache", vcache.retrieve(self._tokens, slot_mapping=self._slots)))
 
-        def from_lmcache() -> float:
+        def from_lmcache(lmcache: LMCacheEngine) -> float:
             return _timed(lambda: _expect_all("LMCache", lmcache.retrieve(self._tokens)))
 
-        for who, act in ((VCACHE, from_vcache), (LMCACHE, from_lmcache)):
-            self._check_content(who, act)
-        return {
-            COPY: lambda: _timed(lambda: plain.copy_(shared)),
-            VCACHE: from_vcache,
-            LMCACHE: from_lmcache,
-            OVER_TCP: lambda: _timed(lambda: contest._over_tcp.get(names, plain, piece)),
-            IN_PROCESS: lambda: _timed(lambda: contest._in_process.get(names, plain, piece)),
-        }
+        def get(client: MooncakeClient) -> float:
+            return _timed(lambda: client.get(names, plain, piece))
+
+        acts: dict[str, Figure] = {VCACHE: from_vcache}
+        if self._lmcache is not None:
+            self._lmcache.store(self._tokens)
+            acts[LMCACHE] = partial(from_lmcache, self._lmcache)
+        if contest._shape.with_peers:  # otherwise there is no memory for another copy of it all
+            for who, act in acts.items():
+                self._check_content(who, act)
+        copies: dict[str, Figure] = {COPY: lambda: _timed(lambda: plain.copy_(shared))}
+        return copies | acts | {who: partial(get, client) for who, client in contest._stores.items()}
 
     def _check_content(self, who: str, retrieve: Figure) -> None:
         blocks = self._contest.storage.view(torch.int16)  # of numbers: a NaN is not equal to itself
