@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from lmcache.utils import CacheEngineKey
 from lmcache.v1.storage_backend.storage_manager import StorageManager
-from vcache_lmcache import VCacheAllocatorBackend
+from vcache_lmcache import VCacheAllocatorBackend, VCacheBackend
 from vcache_lmcache.segment_objects import SegmentObject
 
 from tests.lmcache.conftest import PATIENT
 from tests.lmcache.engines import CHUNK_TOKENS, PROMPT, Engine, metadata, plugin_config
 from tests.pool.payloads import until
 from tests.support.processes import Child
+from vcache.config import VCacheConfig
 
 OpenEngine = Callable[..., Engine]
 
@@ -257,3 +260,58 @@ def test_a_schedulers_process_donates_nothing_and_looks_things_up(server: Child,
         assert found.batched_get_blocking(keys_of(engine)) == [None] * 4
     finally:
         scheduler.close()
+
+
+@pytest.mark.slow
+def test_no_byte_of_a_referenced_chunk_changes_under_pressure_removal_and_restart(
+    start_server: Callable[..., tuple[VCacheConfig, Child]], open_engine: OpenEngine
+) -> None:
+    """Threads that store and read, in a segment with fewer records than chunks; writes of another client come in between."""
+    _, server = start_server(**PATIENT)
+    engine, other = open_engine({"donate": "1MiB", "segment": {"records": 64}}), open_engine(is_allocator=False)
+    own, foreign = backend(engine), other.plugin
+    form = metadata().get_shapes(), metadata().get_dtypes()
+    names = [CacheEngineKey("model", 1, 0, at, torch.bfloat16) for at in range(96)]
+    checked = [0] * 4
+    wrong: list[int] = []
+    over = threading.Event()
+
+    def put(into: VCacheBackend, at: int) -> None:
+        obj = into.get_allocator_backend().allocate(*form, busy_loop=False)
+        if obj is not None:
+            obj.tensor.fill_(at)
+            into.batched_submit_put_task([names[at]], [obj])
+            obj.ref_count_down()
+
+    def work(number: int) -> None:
+        draw = random.Random(number)
+        while not over.is_set():
+            at = draw.randrange(len(names))
+            if draw.random() < 0.4:
+                put(foreign if number == 3 else own, at)
+                continue
+            run = [at, draw.randrange(len(names))]
+            found = own.batched_get_blocking([names[each] for each in run])
+            for _ in range(draw.randrange(3)):
+                put(own, draw.randrange(len(names)))
+            for each, obj in zip(run, found, strict=True):
+                if obj is not None:
+                    checked[number] += 1
+                    if not bool((obj.tensor == each).all()):
+                        wrong.append(each)
+                    obj.ref_count_down()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: min(checked) > 100, "every thread has read")
+    foreign.batched_remove(names[:48])
+    server.kill()
+    start_server(**PATIENT)
+    before = list(checked)
+    until(lambda: all(now > then + 100 for now, then in zip(checked, before, strict=True)), "and reads again")
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    until(lambda: is_idle(engine), "every reference is given back")
