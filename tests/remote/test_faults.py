@@ -96,6 +96,7 @@ def test_a_donor_killed_in_the_middle_of_payloads_is_a_miss_and_never_wrong_byte
         load(reader, keys)
     killer.join()
     assert load(reader, keys) == 0
+    until(lambda: not reader.mappings.remote.identities(), "the mapping is dropped, once the server has noticed")
 
 
 def test_a_hung_donor_costs_one_deadline_and_not_one_per_call(two):
