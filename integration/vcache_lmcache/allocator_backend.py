@@ -18,6 +18,7 @@ from lmcache.v1.memory_management import MemoryAllocatorInterface, MemoryFormat,
 from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterface
 
 from vcache.errors import CapacityError, ConfigError
+from vcache.pool.own_records import OwnRecord
 from vcache.pool.own_space import AT_ONCE, Filled, OwnSpace
 from vcache.pool.segment import EXTENT_ALIGNMENT
 from vcache.protocol import Outcome
@@ -168,6 +169,12 @@ class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
         finally:
             for obj, outcome in zip(objs, outcomes, strict=True):
                 allocator.end_put(obj, is_stored=outcome is Outcome.GRANTED)
+        if self._pool.own_records is not None:
+            self._pool.own_records.saw(
+                (one.key, OwnRecord(extent.record, extent.generation, extent.offset, extent.nbytes, one.layout))
+                for one, outcome in zip(filled, outcomes, strict=True)
+                if outcome is Outcome.GRANTED and (extent := one.extent)
+            )
         with self._pool.failures.contained("restock"):
             if (
                 Outcome.GRANTED in outcomes

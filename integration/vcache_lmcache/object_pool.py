@@ -23,6 +23,7 @@ from vcache.memory.allocation import allocate
 from vcache.pool.client import PoolClient
 from vcache.pool.donor import Donor
 from vcache.pool.locating import locate
+from vcache.pool.own_records import OwnRecord, OwnRecords
 from vcache.pool.reading import Int64Array, Source, begin_read
 from vcache.pool.segment import Segment
 from vcache.pool.writing import begin_write
@@ -79,11 +80,13 @@ class ObjectPool:
         self.failures = FailureLog(logger)
         device = checked_device(options.device)
         self.client = PoolClient(self.config, device=device_name(device), writes=True, name=f"{role} pid {os.getpid()}")
-        #: Of what this process donates.
+        #: Of what this process donates, and what it has seen there.
         self.donor: Donor | None = None
+        self.own_records: OwnRecords | None = None
         try:
             if options.donate_bytes:
                 self.donor = self._donate(device, role)
+                self.own_records = OwnRecords(self.donor)
         except BaseException:
             self.client.close()
             raise
@@ -146,6 +149,10 @@ class ObjectPool:
         ``layouts``: the layout word that each is expected to have. Of what lies on another host, no other is read. With
         ``in_place``, what lies in this process's own segment is not copied: once valid it is given to that, with its hold.
         """
+        if in_place is not None and self.own_records is not None:
+            seen = self.own_records.hold(keys)
+            if seen is not None:
+                return self._read_in_place(keys, seen, in_place)
         loaded = [False] * len(keys)
         at = gaps = 0
         while at < len(keys) and gaps <= _MAX_GAPS and self.client.available:
@@ -216,6 +223,18 @@ class ObjectPool:
             memory.close()
             raise
 
+    def _read_in_place(self, keys: Sequence[ChunkKey], seen: Sequence[OwnRecord], in_place: InPlace) -> list[bool]:
+        """Gives away what is held. The server is told of the use, not asked."""
+        assert self.donor is not None
+        loaded = []
+        for at, one in enumerate(seen):
+            loaded.append(in_place(Held(at, one.record, one.offset, one.nbytes, one.layout)))
+            if not loaded[-1]:
+                self.donor.holds.release(one.record)
+        for part in _parts(keys):
+            self.client.touch(b"".join(part))
+        return loaded
+
     def _load_run(
         self,
         part: Sequence[ChunkKey],
@@ -262,6 +281,13 @@ class ObjectPool:
                         fits[each.at] = each.at < valid and in_place(each._replace(at=at + each.at))
                         if not fits[each.at]:
                             donor.holds.release(each.record)
+                    if held and self.own_records is not None:
+                        generations = read.placements["generation"].tolist()
+                        self.own_records.saw(
+                            (part[h.at], OwnRecord(h.record, generations[h.at], h.offset, h.nbytes, h.layout))
+                            for h in held
+                            if fits[h.at]
+                        )
         loaded[at : at + valid] = fits[:valid]
         return valid
 

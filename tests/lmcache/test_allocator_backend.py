@@ -140,6 +140,29 @@ def test_what_is_referenced_stays_what_it_is_though_it_is_evicted(server: Child,
     until(lambda: is_idle(engine), "it is retired")
 
 
+def test_what_this_process_stored_is_read_without_a_call_and_what_is_gone_is_not_found(
+    server: Child, open_engine: OpenEngine
+) -> None:
+    engine, other = open_engine(), open_engine(is_allocator=False)
+    own, keys = backend(engine), keys_of(engine)
+    engine.store(PROMPT)
+    assert own.batched_contains(keys) == len(keys)
+    before = own._pool.client.counters["calls"]
+    for obj in own.batched_get_blocking(keys):
+        assert obj is not None
+        obj.ref_count_down()
+    assert own._pool.client.counters["calls"] == before
+    assert other.plugin.remove(keys[1])
+    found = own.batched_get_blocking(keys)
+    assert [obj is not None for obj in found] == [True, False, True, True]
+    for obj in found:
+        if obj is not None:
+            obj.ref_count_down()
+    assert other.lmcache.clear() == 3 * CHUNK_TOKENS
+    assert own.batched_get_blocking(keys) == [None] * 4
+    until(lambda: is_idle(engine), "every reference is given back")
+
+
 def test_what_lies_in_another_segment_is_copied(server: Child, open_engine: OpenEngine) -> None:
     kv = open_engine({"donate": "16MiB"}, is_allocator=False).store(PROMPT)
     reader = open_engine()
