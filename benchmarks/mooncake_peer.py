@@ -33,6 +33,7 @@ class MooncakeClient:
         os.environ.update(_environment())
         from mooncake.store import MooncakeDistributedStore
 
+        self.master = master
         self._store: Any = MooncakeDistributedStore()
         _expect(self._store.setup(HOST, "P2PHANDSHAKE", segment_bytes, _SCRATCH_BYTES, "tcp", "", master), "setup")
 

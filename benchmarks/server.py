@@ -6,6 +6,7 @@ import statistics
 
 from benchmarks.measure import Bar, Better, Effort, Result, compare, spread
 from benchmarks.server_memory import memory_of_entries
+from benchmarks.server_peer import MASTER, presence
 from benchmarks.server_rates import Load, acquire_and_release, lookup_against_echo
 
 ROUNDS = 15
@@ -31,6 +32,10 @@ def run(effort: Effort) -> list[Result]:
         against="bare ZeroMQ echo",
         bars={"lookup": LOOKUP_BAR},
     )
+    asked = presence([(keys, 1) for keys in KEYS] + [(128, clients) for clients in CLIENTS], rounds=rounds)
+    for (keys, clients), of_both in asked.items():
+        case = f"{keys} keys a call, {_clients(clients)}"
+        results += compare("server: presence", case, of_both, unit="us", against=MASTER)
     results += _acquires(effort, few=1024, many=many)
     entries = 1_000_000 if effort is Effort.FULL else 10_000
     for case, is_chained in (("prompts of 128 chunks", True), ("single chunks", False)):
@@ -53,7 +58,7 @@ def _acquires(effort: Effort, *, few: int, many: int) -> list[Result]:
         figures = {load.name: measured[load] for load in (small, large)}
         results += compare(
             "server: acquire and release",
-            f"{keys} keys a call, {clients} clients" if clients > 1 else f"{keys} keys a call, 1 client",
+            f"{keys} keys a call, {_clients(clients)}",
             figures,
             unit="us",
             against=small.name,
@@ -66,3 +71,7 @@ def _acquires(effort: Effort, *, few: int, many: int) -> list[Result]:
             Result("server: rate", case, load.name, statistics.median(rates), spread(rates), "keys/s", bar=RATE_BAR)
         )
     return results
+
+
+def _clients(count: int) -> str:
+    return f"{count} clients" if count > 1 else "1 client"

@@ -32,6 +32,7 @@ CALLS: Final = 400  # in one round
 RUN: Final = 512  # chunks of a prompt
 SILENCE_S: Final = 3600.0
 _CORES: Final = frozenset(os.sched_getaffinity(0))
+FIRST_CORE: Final = min(_CORES)
 UNIT: Final = 4096
 _HOST: Final = b"one host of many"
 _ECHO: Final = """
@@ -104,7 +105,7 @@ class Caller:
 @contextmanager
 def _process(*command: str, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process on the first core, ended afterwards; this one keeps to the others meanwhile."""
-    first = {min(_CORES)}
+    first = {FIRST_CORE}
     process = subprocess.Popen(
         [sys.executable, *command],
         env=environment,
