@@ -18,6 +18,7 @@ from lmcache.v1.memory_management import MemoryAllocatorInterface, MemoryFormat,
 from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterface
 
 from vcache.errors import CapacityError, ConfigError
+from vcache.memory.base import is_host
 from vcache.pool.own_records import OwnRecord
 from vcache.pool.own_space import AT_ONCE, Filled, OwnSpace
 from vcache.pool.segment import EXTENT_ALIGNMENT
@@ -68,6 +69,10 @@ class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
             )
         if metadata is not None and metadata.role == "scheduler":
             return options.without_donation()  # it only looks things up
+        if not is_host(options.device):  # LMCache's copies within a GPU may still run when it lets go of an object
+            raise ConfigError(
+                f"extra_config.vcache.device = {options.device!r}: LMCache's chunks need host memory; use cpu:0"
+            )
         if not options.donate_bytes:
             raise ConfigError("extra_config.vcache.donate: needed, as the memory of LMCache's chunks; such as 8GiB")
         return options

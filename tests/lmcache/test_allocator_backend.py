@@ -250,6 +250,7 @@ def test_without_a_server_nothing_is_stored_and_nothing_waits(open_engine: OpenE
     ("change", "named"),
     [
         ({"extra_config": {}}, "extra_config.vcache.donate"),
+        ({"extra_config": {"device": "cuda:0", "donate": "16MiB"}}, "device = 'cuda:0'"),
         ({"max_local_cpu_size": 1.0}, "max_local_cpu_size = 1.0"),
         ({"storage_plugins": "vcache"}, "under the name LocalCPUBackend"),
     ],
@@ -259,7 +260,7 @@ def test_what_cannot_work_ends_the_process(runtime_dir, change: dict[str, Any], 
 
     own = settings({"donate": "16MiB"})
     if "extra_config" in change:
-        change = {"extra_config": {**own["extra_config"], "vcache": {}}}
+        change = {"extra_config": {**own["extra_config"], "vcache": change["extra_config"]}}
     if "storage_plugins" in change:
         extra = {name.replace("LocalCPUBackend", "vcache"): value for name, value in own["extra_config"].items()}
         change = {**change, "extra_config": extra}
