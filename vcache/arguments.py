@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from vcache.joined_keys import JoinedKeys
 from vcache.protocol import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -231,6 +232,8 @@ def check_distinct(name: str, block_ids: npt.NDArray[np.int64]) -> None:
 
 def check_keys(name: str, keys: object) -> None:
     """Refuses anything but a sequence of 16-byte keys; no Python code per key."""
+    if isinstance(keys, JoinedKeys):
+        return
     if isinstance(keys, (str, bytes)) or not isinstance(keys, Sequence):
         raise ValueError(f"{name} must be a sequence of chunk keys, got {type(keys).__name__}")
     try:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
+from vcache.joined_keys import join_keys
 from vcache.keys import ChunkKey, parts_of
 from vcache.log import KeyText
 from vcache.moving_up import Run
@@ -85,7 +86,10 @@ class BlockCache:
             lookup_chunks=len(keys),
             lookup_hits=pool + store,
         )
-        logger.debug("lookup: %d of %d chunks in the pool, %d in the store: %s", pool, len(keys), store, _span(keys))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "lookup: of %d chunks %d in the pool, %d in the store: %s", len(keys), pool, store, _span(keys)
+            )
         return KeyHits(pool, store, lease)
 
     def contains(self, key: ChunkKey) -> int:
@@ -314,7 +318,7 @@ class BlockCache:
     def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> tuple[int, int]:
         hits = lease = 0
         for part in parts_of(keys):
-            found = self._client.lookup(b"".join(part), 0.0 if hits else lease_s, waits=waits)
+            found = self._client.lookup(join_keys(part), 0.0 if hits else lease_s, waits=waits)
             hits += found.hits
             lease = lease or found.lease
             if found.hits < len(part):

@@ -12,21 +12,21 @@ import hashlib
 import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from vllm.v1.core import kv_cache_utils
 
+from vcache.joined_keys import JoinedKeys
 from vcache.keys import KeyChain
 from vcache.protocol import KEY_BYTES
 from vcache_vllm.model_spec import weights_digest
 
 if TYPE_CHECKING:
-    from vcache.keys import ChunkKey, ModelSpec
+    from vcache.keys import ModelSpec
 
 logger: Final = logging.getLogger(__name__)
 
-_KEY: Final = np.dtype((np.void, KEY_BYTES))
 _MASK_DOMAIN: Final = b"vcache/vllm-block-hash/1"
 #: vLLM's names of hashes that do not collide, and that start from the same value in every process unless told otherwise.
 _STABLE_HASHES: Final = ("sha256", "sha256_cbor")
@@ -49,7 +49,7 @@ class PromptKeys:
         self._per_chunk = blocks_per_chunk
         self._mask = np.frombuffer(mask, dtype=np.uint8)
         self._chain = chain
-        self.keys: list[ChunkKey] = []
+        self.keys = JoinedKeys()
 
     def extend(self, tokens: int) -> None:
         """Adds the keys of the whole chunks among the request's first ``tokens`` tokens, as far as they are known yet."""
@@ -58,7 +58,8 @@ class PromptKeys:
             return
         if self._chain is not None:
             first, end = done * self._chunk_size, min(wanted, self._request.num_tokens // self._chunk_size)
-            self.keys += self._chain.extend(self._request.all_token_ids[first : end * self._chunk_size])
+            more = b"".join(self._chain.extend(self._request.all_token_ids[first : end * self._chunk_size]))
+            self.keys = JoinedKeys(self.keys.joined + more)
             return
         hashes = self._request.block_hashes
         wanted = min(wanted, len(hashes) // self._per_chunk)
@@ -66,8 +67,7 @@ class PromptKeys:
             return
         last_blocks = hashes[(done + 1) * self._per_chunk - 1 : wanted * self._per_chunk : self._per_chunk]
         joined = np.frombuffer(b"".join(last_blocks), dtype=np.uint8).reshape(wanted - done, -1)
-        keys = (joined[:, :KEY_BYTES] ^ self._mask).view(_KEY).ravel().tolist()
-        self.keys += cast("list[ChunkKey]", keys)
+        self.keys = JoinedKeys(self.keys.joined + (joined[:, :KEY_BYTES] ^ self._mask).tobytes())
 
 
 class KeySource:

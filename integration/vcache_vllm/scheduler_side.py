@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from vcache.joined_keys import JoinedKeys
 from vcache.log import Interval, log_once_per
 from vcache_vllm.counters import ConnectorCounters
 from vcache_vllm.metadata import LoadOrder, StepOrders, StepReport, StoreOrder, block_ids
@@ -20,7 +21,7 @@ from vcache_vllm.prompt_keys import KeySource, PromptKeys, Undescribed
 
 if TYPE_CHECKING:
     from vcache.engine import VCacheEngine
-    from vcache.keys import ChunkKey, ModelSpec
+    from vcache.keys import ModelSpec
     from vcache_vllm.events import PoolEvents
 
 logger: Final = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ LOOKUP_VALID_S: Final = 1.0
 LOG_INTERVAL_S: Final = 30.0
 #: vLLM's placeholder for a block that is not there.
 NULL_BLOCK: Final = 0
+NO_KEYS: Final = JoinedKeys()
 
 
 @dataclass
@@ -47,8 +49,8 @@ class Prompt:
     preemptions: int = 0  # as of its last store
 
     @property
-    def keys(self) -> list[ChunkKey]:
-        return self.chunks.keys if self.chunks is not None else []
+    def keys(self) -> JoinedKeys:
+        return self.chunks.keys if self.chunks is not None else NO_KEYS
 
 
 @dataclass(frozen=True, kw_only=True)

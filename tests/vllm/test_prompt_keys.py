@@ -46,7 +46,7 @@ def make(hash_name: str) -> MakeRequest:
 def keys(request: Request, hash_name: str, tokens: int = len(TOKENS), **model: Any) -> list[ChunkKey]:
     prompt = KeySource(model_of(**model), hash_name=hash_name).of(request)
     prompt.extend(tokens)
-    return prompt.keys
+    return list(prompt.keys)
 
 
 def test_a_key_names_a_chunk_and_everything_before_it(make: MakeRequest, hash_name: str) -> None:
@@ -67,7 +67,7 @@ def test_a_prompt_that_grows_has_the_keys_of_the_whole(make: MakeRequest, hash_n
     prompt.extend(request.num_tokens)
     request.append_output_token_ids(list(range(CHUNK)))
     prompt.extend(request.num_tokens)
-    assert prompt.keys == keys(make([*TOKENS, *range(CHUNK)]), hash_name, 4 * CHUNK)
+    assert list(prompt.keys) == keys(make([*TOKENS, *range(CHUNK)]), hash_name, 4 * CHUNK)
 
 
 def test_models_salts_and_adapters_share_nothing(make: MakeRequest, hash_name: str, tmp_path: Path) -> None:
