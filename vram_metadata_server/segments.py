@@ -154,6 +154,15 @@ class Segment:
         """``kept_records`` without those that are being demoted."""
         return self.kept_records - len(self.demoting)
 
+    def is_fuller_than(self, share: float) -> bool:
+        """Whether what stays takes more than this share of its bytes, or of its records."""
+        space = self.space
+        if space is None:
+            return False
+        nbytes = space.total_bytes - space.free_bytes - self.retiring_bytes - self.demoting_bytes
+        records = self.records_used - len(self.retiring) - len(self.demoting)
+        return nbytes > share * space.total_bytes or records > share * self.record_count
+
     def has_place(self, record: int, offset: int, nbytes: int) -> bool:
         """Whether there can be such a record with such an extent."""
         return (

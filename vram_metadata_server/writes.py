@@ -63,13 +63,12 @@ class Writes:
         best = able[-1] if able else None
         others = able[:-1]
         is_copy = is_for_copy(request)
-        standing = self._standing_of_copy if is_copy else self._standing
         room = OUTSTANDING_PER_SESSION - len(catalog.reservations.of_session(writer.id))
         outcomes = bytearray()
         granted: list[bytes] = []
-        parent = request.parent
+        parent, rank, ranks = request.parent, request.rank, request.ranks
         for key in keys:
-            outcome = standing(key, writer, request)
+            outcome = self._standing_of_copy(key, writer, request) if is_copy else self.standing(key, rank, ranks)
             if outcome is Outcome.GRANTED:
                 if best is None or len(granted) >= room:
                     outcome = Outcome.DECLINED
@@ -93,9 +92,6 @@ class Writes:
                     for segment in others:
                         catalog.pressure.check(segment)
         return bytes(outcomes), b"".join(granted)
-
-    def _standing(self, key: bytes, writer: Session, request: protocol.Reserve) -> Outcome:
-        return self.standing(key, request.rank, request.ranks)
 
     def standing(self, key: bytes, rank: int, ranks: int) -> Outcome:
         """``GRANTED`` when nobody has or is writing this shard."""

@@ -31,12 +31,11 @@ class Pressure:
 
     def check(self, segment: Segment) -> None:
         """To be called when a segment has got fuller."""
-        space = segment.space
-        if space is None or segment in self.targets:
-            return
-        total = space.total_bytes
-        if segment.staying_bytes > self._high * total or segment.staying_records > self._high * segment.record_count:
-            self.targets[segment] = (int(self._low * total), int(self._low * segment.record_count))
+        if segment.is_fuller_than(self._high) and segment.space is not None and segment not in self.targets:
+            self.targets[segment] = (
+                int(self._low * segment.space.total_bytes),
+                int(self._low * segment.record_count),
+            )
 
     def nudge(self, segment: Segment, nbytes: int) -> None:
         """A write of ``nbytes`` found no record or no extent: make some room even below the high watermark."""
