@@ -317,7 +317,8 @@ def test_a_commit_without_a_session_is_told_with_the_next_one(scripted, open_cli
     client = open_client(config)
     assert reserve(client) is not None
     server.hold = (protocol.Hello,)
-    assert client.session.end(client.session.epoch)  # not told to the thread that says hello: it finds out a moment later
+    # Not told to the thread that says hello: it finds out a moment later.
+    assert client.session.end(client.session.epoch)
     client.commit([102])
     server.term = 2
     until(lambda: server.held, "a hello")
