@@ -87,9 +87,8 @@ class BlockCache:
             lookup_hits=pool + store,
         )
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "lookup: of %d chunks %d in the pool, %d in the store: %s", len(keys), pool, store, _span(keys)
-            )
+            found = "lookup: %d of %d chunks in the pool, %d in the store: %s"
+            logger.debug(found, pool, len(keys), store, _span(keys))
         return KeyHits(pool, store, lease)
 
     def contains(self, key: ChunkKey) -> int:
