@@ -211,7 +211,7 @@ def _plugin(runtime_dir: Path) -> dict[str, Any]:
     extra = {
         "storage_plugin.vcache.module_path": "vcache_lmcache",
         "storage_plugin.vcache.class_name": "VCacheBackend",
-        "vcache": {"runtime_dir": str(runtime_dir), "namespace": "plugin", "client": PATIENT},
+        "vcache": {"runtime_dir": str(runtime_dir), "namespace": "plugin", "log_level": "WARNING", "client": PATIENT},
     }
     return {"local_cpu": False, "storage_plugins": ["vcache"], "extra_config": extra}
 
@@ -220,7 +220,13 @@ def _allocator(runtime_dir: Path, nbytes: int) -> dict[str, Any]:
     extra = {
         "storage_plugin.LocalCPUBackend.module_path": "vcache_lmcache",
         "storage_plugin.LocalCPUBackend.class_name": "VCacheAllocatorBackend",
-        "vcache": {"runtime_dir": str(runtime_dir), "namespace": "allocator", "donate": nbytes, "client": PATIENT},
+        "vcache": {
+            "runtime_dir": str(runtime_dir),
+            "namespace": "allocator",
+            "donate": nbytes,
+            "log_level": "WARNING",
+            "client": PATIENT,
+        },
     }
     return {
         "local_cpu": False,
