@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.lmcache_peer import LMCacheEngine, PagedStorage, lmcache_engine
-from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave
+from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave, settled, timed
 from vcache.config import VCacheConfig
 from vcache.demo.pool import Donation, start_pool
 from vcache.demo.processes import Stage
@@ -98,25 +98,29 @@ def _moved(shape: Shape, effort: Effort) -> Iterator[Result]:
 
         def stores(engine: LMCacheEngine) -> float:
             tokens = torch.arange(shape.chunks * CHUNK_SIZE) + next(prompts) * shape.chunks * CHUNK_SIZE
-            seconds = _timed(lambda: engine.store(tokens))
+            seconds = timed(lambda: engine.store(tokens))
             _expect(engine.lookup(tokens), len(tokens))  # it waits for what is done in the background
             _expect(engine.clear(), len(tokens))
             return seconds
 
-        acts = {who: _settled(lambda engine=engine: stores(engine), shape.nbytes) for who, engine in engines.items()}  # type: ignore[misc]
+        acts = {
+            who: settled(partial(stores, engine), shape.nbytes, pause_s=SETTLE_S) for who, engine in engines.items()
+        }
         figures = interleave(acts, rounds=rounds)
         yield from compare("lmcache: store", shape.case, figures, unit="GB/s", against=LOCAL_CPU, bars=bars)
 
         tokens = torch.arange(shape.chunks * CHUNK_SIZE)
 
         def retrieves(engine: LMCacheEngine) -> float:
-            return _timed(lambda: _expect(int(engine.retrieve(tokens).sum()), len(tokens)))
+            return timed(lambda: _expect(int(engine.retrieve(tokens).sum()), len(tokens)))
 
         for engine in engines.values():
             engine.store(tokens)
             _expect(engine.lookup(tokens), len(tokens))
             _check_content(storage, block_ids, lambda engine=engine: retrieves(engine))  # type: ignore[misc]
-        acts = {who: _settled(lambda engine=engine: retrieves(engine), shape.nbytes) for who, engine in engines.items()}  # type: ignore[misc]
+        acts = {
+            who: settled(partial(retrieves, engine), shape.nbytes, pause_s=SETTLE_S) for who, engine in engines.items()
+        }
         figures = interleave(acts, rounds=rounds)
         yield from compare("lmcache: retrieve", shape.case, figures, unit="GB/s", against=LOCAL_CPU, bars=bars)
 
@@ -177,7 +181,7 @@ def _forms(engine: LMCacheEngine, tokens: torch.Tensor) -> dict[str, Callable[[L
 
 def _asked(ask: Callable[[LMCacheEngine], int], engine: LMCacheEngine) -> Figure:
     def figure() -> float:
-        return _timed(lambda: [ask(engine) for _ in range(CALLS)]) / CALLS * 1e6
+        return timed(lambda: [ask(engine) for _ in range(CALLS)]) / CALLS * 1e6
 
     return figure
 
@@ -234,20 +238,6 @@ def _allocator(runtime_dir: Path, nbytes: int) -> dict[str, Any]:
         "storage_plugins": ["LocalCPUBackend"],
         "extra_config": extra,
     }
-
-
-def _timed(act: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    act()
-    return time.perf_counter() - begin
-
-
-def _settled(act: Figure, nbytes: int) -> Figure:
-    def figure() -> float:
-        time.sleep(SETTLE_S)
-        return nbytes / act() / 1e9
-
-    return figure
 
 
 def _expect(found: int, expected: int) -> None:

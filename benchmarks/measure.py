@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -94,6 +95,23 @@ def interleave(contestants: dict[str, Callable[[], float]], *, rounds: int, warm
         for name in order:
             figures[name].append(contestants[name]())
     return figures
+
+
+def timed(act: Callable[[], object]) -> float:
+    """Seconds that the act takes."""
+    begin = time.perf_counter()
+    act()
+    return time.perf_counter() - begin
+
+
+def settled(act: Callable[[], float], nbytes: int, *, pause_s: float) -> Callable[[], float]:
+    """GB/s of an act that answers the seconds it took for ``nbytes``, after a pause in which other threads come to rest."""
+
+    def figure() -> float:
+        time.sleep(pause_s)
+        return nbytes / act() / 1e9
+
+    return figure
 
 
 def spread(figures: Sequence[float]) -> float:

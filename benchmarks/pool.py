@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.lmcache_peer import LMCacheEngine, PagedStorage, lmcache_engine
-from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave, judge
+from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave, judge, settled, timed
 from benchmarks.mooncake_peer import MooncakeClient, await_room, mooncake
 from vcache.config import VCacheConfig
 from vcache.demo.pool import Donation, start_pool
@@ -189,7 +188,9 @@ class _Contest:
             case_of = _Case(self, lmcache, block_ids, chunks, nbytes)
             for way, prepare in (("store", case_of.stores), ("retrieve", case_of.retrieves)):
                 rounds = effort.rounds(ROUNDS)
-                figures = interleave({who: _settled(act, nbytes) for who, act in prepare().items()}, rounds=rounds)
+                figures = interleave(
+                    {who: settled(act, nbytes, pause_s=SETTLE_S) for who, act in prepare().items()}, rounds=rounds
+                )
                 benchmark = f"pool: {way}"
                 is_judged = shape.chunk_mib == 32
                 bars = {VCACHE: COPY_BAR} if is_judged else None
@@ -228,21 +229,21 @@ class _Case:
 
         def to_vcache() -> float:
             salt = f"round {next(self._rounds)}"
-            seconds = _timed(lambda: vcache.store(self._tokens, slot_mapping=self._slots, salt=salt))
+            seconds = timed(lambda: vcache.store(self._tokens, slot_mapping=self._slots, salt=salt))
             _expect("VCache's chunks", vcache.clear(salt=salt), self._chunks)
             return seconds
 
         def to_lmcache(lmcache: LMCacheEngine) -> float:
-            seconds = _timed(lambda: lmcache.store(self._tokens))
+            seconds = timed(lambda: lmcache.store(self._tokens))
             _expect("LMCache's tokens", lmcache.clear(), self._chunks * CHUNK_SIZE)
             return seconds
 
         def put(client: MooncakeClient) -> float:
-            seconds = _timed(lambda: client.put(names, plain, piece))
+            seconds = timed(lambda: client.put(names, plain, piece))
             client.clear()
             return seconds
 
-        acts: dict[str, Figure] = {COPY: lambda: _timed(lambda: shared.copy_(plain)), VCACHE: to_vcache}
+        acts: dict[str, Figure] = {COPY: lambda: timed(lambda: shared.copy_(plain)), VCACHE: to_vcache}
         if self._lmcache is not None:
             acts[LMCACHE] = partial(to_lmcache, self._lmcache)
         return acts | {who: partial(put, client) for who, client in contest._stores.items()}
@@ -258,13 +259,13 @@ class _Case:
         vcache.store(self._tokens, slot_mapping=self._slots)
 
         def from_vcache() -> float:
-            return _timed(lambda: _expect_all("VCache", vcache.retrieve(self._tokens, slot_mapping=self._slots)))
+            return timed(lambda: _expect_all("VCache", vcache.retrieve(self._tokens, slot_mapping=self._slots)))
 
         def from_lmcache(lmcache: LMCacheEngine) -> float:
-            return _timed(lambda: _expect_all("LMCache", lmcache.retrieve(self._tokens)))
+            return timed(lambda: _expect_all("LMCache", lmcache.retrieve(self._tokens)))
 
         def get(client: MooncakeClient) -> float:
-            return _timed(lambda: client.get(names, plain, piece))
+            return timed(lambda: client.get(names, plain, piece))
 
         acts: dict[str, Figure] = {VCACHE: from_vcache}
         if self._lmcache is not None:
@@ -273,7 +274,7 @@ class _Case:
         if contest._shape.with_peers:  # otherwise there is no memory for another copy of it all
             for who, act in acts.items():
                 self._check_content(who, act)
-        copies: dict[str, Figure] = {COPY: lambda: _timed(lambda: plain.copy_(shared))}
+        copies: dict[str, Figure] = {COPY: lambda: timed(lambda: plain.copy_(shared))}
         return copies | acts | {who: partial(get, client) for who, client in contest._stores.items()}
 
     def _check_content(self, who: str, retrieve: Figure) -> None:
@@ -284,22 +285,6 @@ class _Case:
         retrieve()
         if not torch.equal(blocks[:, ids], before):
             raise RuntimeError(f"{who} did not bring back what it was given")
-
-
-def _timed(act: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    act()
-    return time.perf_counter() - begin
-
-
-def _settled(act: Figure, nbytes: int) -> Figure:
-    """The act's bytes a second, in GB, taken when other threads have come to rest."""
-
-    def figure() -> float:
-        time.sleep(SETTLE_S)
-        return nbytes / act() / 1e9
-
-    return figure
 
 
 def _expect(what: str, found: int, expected: int) -> None:
