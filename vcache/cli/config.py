@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.doctor.stores import not_installed
 from vcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ app = typer.Typer(help="Check and show settings.", no_args_is_help=True)
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of settings.")]) -> None:
     """Check a file as this machine's environment completes it; print the result. Exit status 2 if it cannot work."""
     config = load_config(file)
-    problems = [*config.store.problems_here(), *_not_installed(config)]
+    problems = [*config.store.problems_here(), *not_installed(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     _print(config)
@@ -41,17 +41,6 @@ def show(
         typer.echo(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in config.settings()}))
     else:
         _print(config)
-
-
-def _not_installed(config: VCacheConfig) -> Iterator[str]:
-    from vcache.store.mooncake_command import require_mooncake
-
-    for setting, value in (("store.kind", config.store.resolved_kind), ("transfer.remote", config.transfer.remote)):
-        if value == "mooncake":
-            try:
-                require_mooncake(f"use another {setting}")
-            except ConfigError as error:
-                yield f"{setting} = 'mooncake': {error}"
 
 
 def _print(config: VCacheConfig) -> None:

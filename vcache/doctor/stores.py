@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vcache.doctor.finding import Finding, State
+from vcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from vcache.config import VCacheConfig
-
-_INSTALL: Final = "pip install vcache[mooncake]"
 
 
 def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
@@ -25,8 +23,20 @@ def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
         yield _master(config.store.mooncake.master, timeout_s)
     else:
         yield Finding("store", State.OK, "none is configured: what the pool evicts is computed again")
-    if (kind == "mooncake" or config.transfer.remote == "mooncake") and importlib.util.find_spec("mooncake") is None:
-        yield Finding("Mooncake", State.PROBLEM, "the package mooncake is not installed", _INSTALL)
+    for missing in not_installed(config):
+        yield Finding("Mooncake", State.PROBLEM, missing)
+
+
+def not_installed(config: VCacheConfig) -> Iterator[str]:
+    """Settings that need a package that is not there, each with what to do."""
+    from vcache.store.mooncake_command import require_mooncake
+
+    for setting, value in (("store.kind", config.store.resolved_kind), ("transfer.remote", config.transfer.remote)):
+        if value == "mooncake":
+            try:
+                require_mooncake(f"use another {setting}")
+            except ConfigError as error:
+                yield f"{setting} = 'mooncake': {error}"
 
 
 def _directory(path: Path) -> Finding:
