@@ -17,7 +17,7 @@ import torch
 
 from vcache.devices import checked_device, device_name
 from vcache.failures import FailureLog
-from vcache.keys import ChunkKey
+from vcache.keys import ChunkKey, parts_of
 from vcache.log import configure
 from vcache.memory.allocation import allocate
 from vcache.pool.client import PoolClient
@@ -114,7 +114,7 @@ class ObjectPool:
         """
         hits = lease = 0
         with self.failures.contained("lookup"):
-            for part in _parts(keys):
+            for part in parts_of(keys):
                 found = self.client.lookup(b"".join(part), self.lock_s if leased and not hits else 0.0, waits=waits)
                 hits += found.hits
                 lease = lease or found.lease
@@ -127,7 +127,7 @@ class ObjectPool:
         present: list[bool] = []
         leased: list[tuple[Sequence[ChunkKey], int]] = []
         with self.failures.contained("locate"):
-            for part in _parts(keys):
+            for part in parts_of(keys):
                 found = locate(self.client, b"".join(part), self.lock_s)
                 if found is None:
                     break
@@ -180,19 +180,19 @@ class ObjectPool:
     def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps chunks from eviction; how many were there."""
         with self.failures.contained("pin"):
-            return sum(self.client.pin(b"".join(part), pin_s) for part in _parts(keys))
+            return sum(self.client.pin(b"".join(part), pin_s) for part in parts_of(keys))
         return 0
 
     def unpin(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins; how many there were."""
         with self.failures.contained("unpin"):
-            return sum(self.client.unpin(b"".join(part)) for part in _parts(keys))
+            return sum(self.client.unpin(b"".join(part)) for part in parts_of(keys))
         return 0
 
     def remove(self, keys: Sequence[ChunkKey]) -> int | None:
         """Removes objects; how many. They are gone from memory when it returns; ``None`` when that could not be had in time."""
         with self.failures.contained("remove"):
-            removed = [self.client.remove(b"".join(part)) for part in _parts(keys)]
+            removed = [self.client.remove(b"".join(part)) for part in parts_of(keys)]
             return None if None in removed else sum(count or 0 for count in removed)
         return None
 
@@ -231,7 +231,7 @@ class ObjectPool:
             loaded.append(in_place(Held(at, one.record, one.offset, one.nbytes, one.layout)))
             if not loaded[-1]:
                 self.donor.holds.release(one.record)
-        for part in _parts(keys):
+        for part in parts_of(keys):
             self.client.touch(b"".join(part))
         return loaded
 
@@ -338,9 +338,3 @@ def _runs(objects: Sequence[NewObject]) -> Iterator[Sequence[NewObject]]:
         if at == len(objects) or at - start == MAX_KEYS_PER_CALL or objects[at].run != objects[start].run:
             yield objects[start:at]
             start = at
-
-
-def _parts(keys: Sequence[ChunkKey]) -> Iterator[Sequence[ChunkKey]]:
-    """``keys`` in as few calls as the protocol allows."""
-    for start in range(0, len(keys), MAX_KEYS_PER_CALL):
-        yield keys[start : start + MAX_KEYS_PER_CALL]

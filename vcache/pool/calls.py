@@ -238,9 +238,8 @@ class Calls:
                     is_sent = True
                 except zmq.Again:
                     self._count("unsent_messages")
-            if message.settles and (
-                is_sent or not message.is_commit
-            ):  # an abort tells itself: no heartbeat names the grant any more
+            # An abort tells itself: no heartbeat names the grant any more.
+            if message.settles and (is_sent or not message.is_commit):
                 self._session.settled(message.settles)
 
     # --- without it -----------------------------------------------------------------------------------------------

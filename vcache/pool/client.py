@@ -155,9 +155,7 @@ class PoolClient:
                 return found
         self.count("server_lookups")
         return (
-            self._call(
-                Hits, lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s), self._leased
-            )
+            self.ask(Hits, lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s), self._leased)
             or _NO_HITS
         )
 
@@ -174,7 +172,7 @@ class PoolClient:
         """
         _check_keys(keys)
         lease_s = self.config.client.lease
-        return self._call(
+        return self.ask(
             Placements,
             lambda id_, session, term: protocol.Acquire(id_, session, term, keys, rank, lease_s),
             self.session.acquired,
@@ -235,7 +233,7 @@ class PoolClient:
             sent.append(protocol.Reserve(id_, session, term, asked, *of_run, into, into_tier, chained))
             return sent[0]
 
-        return self._call(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))
+        return self.ask(Grants, make, lambda reply: self.session.granted(sent[0], reply, count))
 
     def commit(self, generations: Sequence[int]) -> None:
         """Tells the server that these records are committed in memory. Never waits; without a session it is told later.
@@ -304,7 +302,7 @@ class PoolClient:
         deadline = time.monotonic() + timeout_s
         for _ in range(_SETTLE_TRIES):
             self.commit(self.session.untold())  # what the calls' socket had no room for; said twice it does no harm
-            if self._call(Done, _ask_nothing, lambda reply: reply) is not None:
+            if self.ask(Done, _ask_nothing, lambda reply: reply) is not None:
                 return True
             if self._is_over or not self.wait_available(max(0.0, deadline - time.monotonic())):
                 return False
@@ -312,7 +310,7 @@ class PoolClient:
 
     def stats(self) -> ServerStats | None:
         """The server's state."""
-        return self._call(ServerStats, protocol.Stats, lambda reply: reply)
+        return self.ask(ServerStats, protocol.Stats, lambda reply: reply)
 
     def use_segment(self, info: SegmentInfo) -> Use | None:
         """A segment, mapped until the answer is released; ``None`` when this process cannot map it."""
@@ -367,16 +365,15 @@ class PoolClient:
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None
 
-    def _call(self, expected: type[Reply], make: MakeRequest, take: Callable[[Reply], Taken | None]) -> Taken | None:
+    def ask(self, expected: type[Reply], make: MakeRequest, take: Callable[[Reply], Taken | None]) -> Taken | None:
+        """One round trip: what ``take`` makes of the reply, or ``None``. For this, and for parts of the pool with requests of their own."""
         if not self.available:
             self.count("calls_skipped")
             return None
         return self._calls.call(expected, make, take)
 
-    ask = _call  # for parts of the pool with requests of their own
-
     def _count_of(self, make: MakeRequest) -> int:
-        return self._call(Done, make, lambda reply: reply.count) or 0
+        return self.ask(Done, make, lambda reply: reply.count) or 0
 
     def _removed(self, make: MakeRequest) -> int | None:
         if not self.available:
