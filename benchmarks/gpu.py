@@ -207,7 +207,7 @@ def _call(
     into, out_of = (
         torch.from_numpy((ids[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).ravel()) for ids in (whence, whither)
     )
-    offsets = np.arange(chunks) * (len(bare) if chunks == 1 else len(bare) // chunks)
+    offsets = np.arange(chunks) * (len(bare) // chunks)
     numbers = count()
 
     def timed(act: Callable[[], object]) -> float:
