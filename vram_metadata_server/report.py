@@ -124,5 +124,9 @@ def _check_children(service: Service) -> None:
     for entry in [*index.whole.values(), *index.partial.values()]:
         assert entry.children == children.pop(entry.key, 0), "an entry's count of children is wrong"
         assert entry.vram_children == vram_children.pop(entry.key, 0), "an entry's count of children in VRAM is wrong"
+        child = entry.child
+        assert child is None or (child.parent == entry.key and index.get(child.key) is child), (
+            "it leads to another's child"
+        )
     assert dict(children) == index.orphans
     assert +vram_children == index.vram_orphans

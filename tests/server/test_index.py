@@ -49,6 +49,28 @@ def test_a_run_ends_before_the_first_chunk_that_is_not_whole(segment: Segment) -
     assert len(index.run(names)) == 4 == index.count(names)
 
 
+def test_a_run_follows_the_prompt_that_is_asked_for_where_several_go_on_from_a_chunk(segment: Segment) -> None:
+    index = Index()
+    for name, parent in (("a", ""), ("b", "a"), ("c", "b"), ("x", "a"), ("y", "x")):
+        add(index, segment, name, parent)
+    for prompt in ("abc", "axy", "ab", "ax", "xy", "ac", "by"):
+        names = [key(name) for name in prompt]
+        assert [entry.key for entry in index.run(names)] == names
+
+
+def test_a_run_ends_before_a_chunk_that_has_gone_and_finds_it_when_it_is_back(segment: Segment) -> None:
+    index = Index()
+    add(index, segment, "a")
+    _, first = add(index, segment, "b", "a")
+    add(index, segment, "c", "b")
+    names = [key(name) for name in "abc"]
+    index.discard(first)
+    assert [entry.key for entry in index.run(names)] == names[:1]
+    back, _ = add(index, segment, "b", "a")
+    found = index.run(names)
+    assert [entry.key for entry in found] == names and found[1] is back
+
+
 def test_a_placement_says_where_it_lies(segment: Segment) -> None:
     _, placement = add(Index(), segment, "a", record=5, generation=(1 << 60) + 8)
     assert (placement.record, placement.generation, placement.extent) == (5, (1 << 60) + 8, (8192, 100))
