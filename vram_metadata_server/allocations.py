@@ -47,7 +47,7 @@ class Allocations:
                     break
                 granted.append(self._hold(writer, segment, request, *found))
         outcomes = bytearray([Outcome.GRANTED] * len(granted)).ljust(request.count, bytes([missing]))
-        self._writes.count(outcomes)
+        self._writes.count(outcomes, len(granted))
         if missing is Outcome.NO_SPACE:
             self._catalog.pressure.nudge(segment, request.nbytes)
         elif granted:

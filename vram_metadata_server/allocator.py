@@ -69,10 +69,12 @@ class ExtentAllocator:
         start = starts.pop()  # any of them: equal holes are equally good
         if not starts:
             del self._starts[size], self._sizes[at]
-        del self._size_at[start], self._start_of[start + size]
-        self.free_bytes -= size
-        if size > wanted:
-            self._add(start + wanted, size - wanted)
+        del self._size_at[start]
+        self.free_bytes -= wanted
+        if size == wanted:
+            del self._start_of[start + size]
+        else:  # the rest ends where the hole did
+            self._list(start + wanted, size - wanted)
         return start
 
     def free(self, offset: int, nbytes: int) -> None:
@@ -106,6 +108,9 @@ class ExtentAllocator:
 
     def _add(self, start: int, size: int) -> None:
         self.free_bytes += size
+        self._list(start, size)
+
+    def _list(self, start: int, size: int) -> None:
         self._size_at[start] = size
         self._start_of[start + size] = start
         starts = self._starts.get(size)

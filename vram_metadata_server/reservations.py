@@ -14,6 +14,7 @@ A record found in a handover with a writer at work that nobody has claimed yet i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -64,8 +65,8 @@ class ReservationTable:
 
     def __init__(self) -> None:
         self._by_generation: dict[int, Reservation] = {}
-        self._by_session: dict[bytes, dict[int, Reservation]] = {}
-        self._by_segment: dict[bytes, dict[int, Reservation]] = {}
+        self._by_session: defaultdict[bytes, dict[int, Reservation]] = defaultdict(dict)
+        self._by_segment: defaultdict[bytes, dict[int, Reservation]] = defaultdict(dict)
         self._live: dict[tuple[bytes, int], Reservation] = {}  # the first of a chain
         #: Copies that are not settled, by generation.
         self.copies: dict[int, Reservation] = {}
@@ -95,8 +96,8 @@ class ReservationTable:
     def add(self, reservation: Reservation) -> None:
         generation = reservation.generation
         self._by_generation[generation] = reservation
-        self._by_session.setdefault(reservation.session, {})[generation] = reservation
-        self._by_segment.setdefault(reservation.segment_id, {})[generation] = reservation
+        self._by_session[reservation.session][generation] = reservation
+        self._by_segment[reservation.segment_id][generation] = reservation
         if reservation.is_copy:
             self.copies[generation] = reservation
         if reservation.live:
