@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib import import_module
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.measure import Effort, Result
+from benchmarks.measure import Effort, Result, run_named
 from benchmarks.report import as_markdown, show, write_json
 from vcache.errors import UnavailableError
 
@@ -97,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measured(names: Sequence[str], effort: Effort, traces: Sequence[Path]) -> list[Result]:
-    """The results of the named benchmarks, one after the other; says on stderr where it is."""
+    """The results of the named benchmarks, one after the other; says on stderr where it is.
+
+    Each runs in a process of its own: what one leaves behind, threads of its peers and memory in pieces, slows down no other.
+    """
     results: list[Result] = []
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -107,10 +110,8 @@ def _measured(names: Sequence[str], effort: Effort, traces: Sequence[Path]) -> l
             progress.update(task, description=f"measuring {name} …")
             progress.console.print(f"measuring {name} …")
             begin = time.monotonic()
-            run: Callable[..., list[Result]] = import_module(f"benchmarks.{name}").run
-            if name == "replay":
-                run = partial(run, traces=traces)
-            results += run(effort)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                results += process.submit(run_named, name, effort, traces).result()
             progress.advance(task)
             progress.console.print(f"{name}: {time.monotonic() - begin:.0f} s")
         progress.update(task, description="measured")

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib import import_module
+from pathlib import Path
 
 #: How far a median may miss a bar that the interval's better end reaches, and the bar still count as met.
 BAR_TOLERANCE = 0.05
@@ -80,6 +82,12 @@ class Result:
         if self.bar.better is Better.HIGHER:
             return high >= self.bar.value and middle >= self.bar.value * (1 - BAR_TOLERANCE)
         return low <= self.bar.value and middle <= self.bar.value * (1 + BAR_TOLERANCE)
+
+
+def run_named(name: str, effort: Effort, traces: Sequence[Path]) -> list[Result]:
+    """What the benchmark of this name finds; of the traces only replay has a use."""
+    run: Callable[..., list[Result]] = import_module(f"benchmarks.{name}").run
+    return run(effort, traces=traces) if name == "replay" else run(effort)
 
 
 def interleave(contestants: dict[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
