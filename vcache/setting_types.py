@@ -28,6 +28,8 @@ def _not_a_flag(value: object) -> object:
 
 Size = Annotated[int, BeforeValidator(parse_size), Unit("size")]
 Seconds = Annotated[float, Field(gt=0, le=_DAY_S), BeforeValidator(parse_duration), Unit("duration")]
+#: 0 stands for never.
+SecondsOrNever = Annotated[float, Field(ge=0, le=_DAY_S), BeforeValidator(parse_duration), Unit("duration")]
 Count = Annotated[int, BeforeValidator(_not_a_flag)]
 Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(_not_a_flag)]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vcache.setting_types import Count, Seconds, Section, Size
+from vcache.setting_types import Count, Seconds, SecondsOrNever, Section, Size
 
 
 class TransferEngineConfig(Section):
@@ -22,6 +22,8 @@ class TransferConfig(Section):
     """How bytes are copied."""
 
     threads: Annotated[Count, Field(ge=0, le=256)] = 0
+    peer_way: Literal["auto", "kernel", "copy"] = "auto"
+    unmap_after: SecondsOrNever = 600.0
     remote: Literal["none", "mooncake"] = "none"
     remote_timeout: Seconds = 1.0
     staging_size: Annotated[Size, Field(ge=1 << 20)] = 256 << 20

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import secrets
+import threading
 
 import pytest
 
+from tests.pool.payloads import copy_out, load, new_keys, payload, store, until
 from vcache.memory.host import HostMemory
 from vcache.pool.mappings import Mappings
+from vcache.pool.reading import begin_read
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
 from vcache.protocol import SegmentInfo, Tier
+from vcache.transfer_config import TransferConfig
 
 MIB = 1 << 20
 
@@ -24,6 +28,14 @@ def runtime(runtime_dir):
 @pytest.fixture
 def mappings(runtime):
     made = Mappings(runtime, host=runtime.host_id)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def idling(runtime):
+    """Mappings that close what was idle for ten seconds, by the clock of the test."""
+    made = Mappings(runtime, host=runtime.host_id, settings=TransferConfig(unmap_after=10.0))
     yield made
     made.close()
 
@@ -138,3 +150,95 @@ def test_nothing_is_mapped_after_closing_and_what_is_in_use_stays(segment, runti
     use.release()
     assert maps_of(segment) == 1
     mappings.close()
+
+
+def test_what_nobody_has_used_for_a_while_is_unmapped_and_mapped_again_at_its_next_use(idling, segment, runtime):
+    identity, info = (segment.segment_id, 1), info_of(segment, runtime.host_id)
+    idling.use(info).release()
+    assert idling.unmap_idle(100.0) == idling.unmap_idle(110.0) == []
+    assert idling.unmap_idle(110.1) == [identity]
+    assert idling.mapped() == []
+    assert maps_of(segment) == 1
+    segment.tensor[segment.data_offset] = 7
+    use = idling.use(info)
+    assert use.segment.tensor[segment.data_offset] == 7
+    assert maps_of(segment) == 2
+    use.release()
+
+
+def test_what_is_in_use_or_was_used_meanwhile_is_not_idle(idling, segment, runtime):
+    info = info_of(segment, runtime.host_id)
+    use = idling.use(info)
+    assert idling.unmap_idle(100.0) == idling.unmap_idle(500.0) == []
+    use.release()
+    assert idling.unmap_idle(600.0) == [], "idle since now, as far as anybody knows"
+    idling.use(info).release()
+    assert idling.unmap_idle(700.0) == idling.unmap_idle(709.0) == []
+    assert idling.unmap_idle(711.0) != []
+
+
+def test_a_processs_own_segment_is_never_idle_and_without_a_limit_none_is(idling, segment, runtime):
+    idling.adopt(segment)
+    assert idling.unmap_idle(100.0) == idling.unmap_idle(10_000.0) == []
+    lasting = Mappings(runtime, host=runtime.host_id, settings=TransferConfig(unmap_after=0))
+    lasting.use(info_of(segment, runtime.host_id)).release()
+    assert lasting.unmap_idle(100.0) == lasting.unmap_idle(10_000.0) == []
+    lasting.close()
+
+
+def test_users_that_come_while_it_is_unmapped_read_what_is_there(mappings, segment, runtime):
+    """However often it goes away under them, each sees the segment, whole, for as long as it uses it."""
+    segment.tensor[segment.data_offset :].fill_(9)
+    info, right = info_of(segment, runtime.host_id), []
+
+    def use_often() -> None:
+        for _ in range(100):
+            use = mappings.use(info)
+            right.append(use.segment.memory.array[segment.data_offset :: 65_536].min() == 9)
+            use.release()
+
+    threads = [threading.Thread(target=use_often) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        mappings.drop((segment.segment_id, 1))
+    assert right == [True] * 200
+    mappings.close()
+    assert maps_of(segment) == 1
+
+
+def test_a_reader_outlasts_idleness_and_reads_on_after_it(start_server, open_client, open_donor):
+    """In a client, by its heartbeats: nothing is unmapped under a read, and what was idle is there when it is wanted."""
+    config, _ = start_server(
+        server={"heartbeat_interval": "50ms", "liveness_timeout": "3s"}, transfer={"unmap_after": "200ms"}
+    )
+    donor = open_donor(config)
+    client = open_client(config)
+    identity = (donor.segment.segment_id, donor.segment.incarnation)
+    keys = new_keys(3)
+    assert store(client, keys) == 3
+    until(lambda: client.mappings.mapped() == [], "it was idle")
+    read = begin_read(client, keys, 0)
+    copied = copy_out(read)
+    idle = threading.Event()
+    assert not idle.wait(1.0), "longer than what counts as idle"
+    assert client.mappings.mapped() == [identity]
+    assert read.complete() == 3
+    assert [copied[chunk] for chunk in range(3)] == [payload(key) for key in keys]
+    until(lambda: client.mappings.mapped() == [], "it was idle again")
+    assert load(client, keys) == 3
+
+
+def test_a_process_with_a_gpu_closes_in_a_thread_that_may_wait(runtime, segment, caplog):
+    mappings = Mappings(runtime, host=runtime.host_id, device="GPU-of-another-machine")
+    uses = [mappings.use(info_of(segment, runtime.host_id)) for _ in range(2)]
+    mappings.drop((segment.segment_id, 1))
+    uses[0].release()
+    assert not uses[1].segment.tensor[segment.data_offset :].any()
+    uses[1].release()
+    until(lambda: maps_of(segment) == 1, "it is unmapped")
+    again = mappings.use(info_of(segment, runtime.host_id))
+    mappings.close()
+    assert maps_of(segment) == 2
+    again.release()
+    assert maps_of(segment) == 1

@@ -375,6 +375,7 @@ class Background:
         for duty in self._duties:
             with self._surviving("a donor's duty"):
                 duty.on_tick()
+        self._mappings.unmap_idle(now)
         if now >= self._next_sweep:
             self._sweep()
 

@@ -90,7 +90,7 @@ class PoolClient:
         self._closed = False
         self._granted_all = False
         remote = RemoteSegments(config, self.count) if config.transfer.remote != "none" else None
-        self.mappings = Mappings(self.runtime, host=self.host, remote=remote)
+        self.mappings = Mappings(self.runtime, host=self.host, device=device, settings=config.transfer, remote=remote)
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
         self._index = IndexReader(self.runtime) if config.server.shared_index else None

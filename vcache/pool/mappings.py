@@ -1,8 +1,13 @@
 """The segments this process has mapped, by (segment id, incarnation): never by address, which the next segment may get too.
 
-A mapping is opened when first used (or ahead of use), and closed when its segment is gone and the last user is done: never
-under a running copy. A segment of this very process is used where it is, by its local pointer. Segments of other hosts come
-and go with the others, and are read by ``vcache/remote``.
+A mapping is opened when first used (or ahead of use), and closed when its segment is gone, or nobody has used it for a while
+(what is mapped stays allocated even after its donor has freed it), and the last user is done: never under a running copy,
+nor under a kernel that is queued. So whoever enqueues work on a segment holds its ``Use`` until that work has *happened*: a
+``PendingRead`` releases after its records were read behind the copy, a ``PendingWrite`` after its fence. What was
+closed for idleness is mapped again by its next user, on the spot.
+
+A segment of this very process is used where it is, by its local pointer. Segments of other hosts come and go with the
+others, and are read by ``vcache/remote``.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from vcache.memory.host import HostMemory
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
 from vcache.protocol import SegmentInfo
+from vcache.transfer_config import TransferConfig
 
 if TYPE_CHECKING:
     from vcache.remote.segments import RemoteSegment, RemoteSegments
@@ -48,29 +54,41 @@ class Use:
 
 
 class _Entry:
-    __slots__ = ("dropped", "is_local", "segment", "unlisted_since", "users")
+    __slots__ = ("dropped", "idle_since", "is_local", "segment", "unlisted_since", "users")
 
     def __init__(self, segment: Segment, *, is_local: bool) -> None:
         self.segment = segment
         self.is_local = is_local
         self.users = 0
         self.dropped = False
+        self.idle_since: float | None = None  # as ``unmap_idle`` saw it: using a segment reads no clock
         self.unlisted_since: float | None = None
 
 
 class Mappings:
     """Thread-safe. ``close`` when the client closes."""
 
-    def __init__(self, runtime: RuntimeDir, *, host: bytes, remote: RemoteSegments | None = None) -> None:
-        """``remote``: those of other hosts, if they are read; closed with this."""
+    def __init__(
+        self,
+        runtime: RuntimeDir,
+        *,
+        host: bytes,
+        device: str = "cpu:0",
+        settings: TransferConfig | None = None,
+        remote: RemoteSegments | None = None,
+    ) -> None:
+        """``device``: where this process's planes are, if it has any; ``remote``: segments of other hosts, if they are read; closed with this."""
         self._runtime = runtime
         self._host = host
+        self._device = device
+        self._has_gpu = bool(device) and not is_host(device)
+        self._settings = settings or TransferConfig()
         self.remote: Final = remote
         self._changed = threading.Condition()
         self._entries: dict[Identity, _Entry] = {}
         self._failures = FailureLog(logger)
         self._closed = False
-        self._work: queue.SimpleQueue[SegmentInfo | Memory | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[SegmentInfo | _Entry | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
     def use(self, info: SegmentInfo) -> Use | None:
@@ -82,6 +100,7 @@ class Mappings:
             if entry is None:
                 return None
             entry.users += 1
+            entry.idle_since = None
             return Use(self, entry)
 
     def use_remote(self, infos: Iterable[SegmentInfo]) -> Mapping[int, RemoteSegment]:
@@ -133,6 +152,23 @@ class Mappings:
                     dropped.append(identity)
         return dropped
 
+    def unmap_idle(self, now: float) -> list[Identity]:
+        """Drops what nobody has used for ``transfer.unmap_after``, by calls that were made all the while; which."""
+        after_s = self._settings.unmap_after
+        dropped: list[Identity] = []
+        if not after_s:
+            return dropped
+        with self._changed:
+            for identity, entry in list(self._entries.items()):
+                if entry.users or entry.is_local:
+                    entry.idle_since = None
+                elif entry.idle_since is None:
+                    entry.idle_since = now
+                elif now - entry.idle_since > after_s:
+                    self._drop(identity, entry)
+                    dropped.append(identity)
+        return dropped
+
     def mapped(self) -> list[Identity]:
         """What is mapped now, this process's own segments and other hosts' among it."""
         others = self.remote.identities() if self.remote is not None else []
@@ -171,7 +207,7 @@ class Mappings:
             return None
         logger.info("mapped segment %s incarnation %d (%s)", info.segment_id.hex(), info.incarnation, info.device)
         entry = self._entries[info.segment_id, info.incarnation] = _Entry(segment, is_local=False)
-        self._hand_over(memory)
+        self._hand_over(entry)
         return entry
 
     def _drop(self, identity: Identity, entry: _Entry) -> None:
@@ -182,7 +218,10 @@ class Mappings:
 
     def _unmap(self, entry: _Entry) -> None:
         logger.info("unmapping segment %s incarnation %d", entry.segment.segment_id.hex(), entry.segment.incarnation)
-        entry.segment.close()
+        if self._worker is None or self._is_on_host(entry):
+            entry.segment.close()
+        else:
+            self._work.put(entry)  # it waits for the device, which whoever was the last user must not
 
     def _done(self, entry: _Entry) -> None:
         with self._changed:
@@ -192,27 +231,55 @@ class Mappings:
                 if entry.dropped:
                     self._unmap(entry)
 
-    # --- the thread that maps ahead and makes pages present -------------------------------------------------------
+    def _is_on_host(self, entry: _Entry) -> bool:
+        """Whether no GPU has to do with it, neither its own nor this process's."""
+        return is_host(entry.segment.memory.device) and not self._has_gpu
 
-    def _hand_over(self, work: SegmentInfo | Memory) -> None:
+    # --- the thread that maps ahead, makes fit for use what was mapped, and closes what a GPU may be at --------------
+
+    def _hand_over(self, work: SegmentInfo | _Entry) -> None:
         with self._changed:
             if self._closed:
                 return
             if self._worker is None:
                 self._worker = threading.Thread(target=self._run, name="vcache-mappings", daemon=True)
                 self._worker.start()
-        self._work.put(work)
+            self._work.put(work)
 
     def _run(self) -> None:
         while (work := self._work.get()) is not _STOP:
-            if isinstance(work, HostMemory):
-                work.populate()
-            elif isinstance(work, SegmentInfo) and work.host == self._host:
-                use = self.use(work)
-                if use is not None:
-                    use.release()
-            elif isinstance(work, SegmentInfo) and self.remote is not None:
-                self.remote.open_ahead(work)
+            with self._failures.contained("map segments"):
+                if isinstance(work, _Entry):
+                    self._prepare_or_close(work)
+                elif work.host == self._host:
+                    use = self.use(work)
+                    if use is not None:
+                        use.release()
+                elif self.remote is not None:
+                    self.remote.open_ahead(work)
+
+    def _prepare_or_close(self, entry: _Entry) -> None:
+        memory = entry.segment.memory
+        if isinstance(memory, HostMemory) and not self._has_gpu:
+            memory.populate()  # ends when the memory is closed meanwhile
+            return
+        with self._changed:
+            is_wanted = not entry.dropped
+            entry.users += is_wanted
+            is_over = not entry.users
+        if is_wanted:
+            try:
+                self._prepare(entry)
+            finally:
+                self._done(entry)
+        elif is_over:
+            entry.segment.close()
+
+    def _prepare(self, entry: _Entry) -> None:
+        """What a process with a GPU does with a segment once, before its first copies if it is fast enough."""
+        memory = entry.segment.memory
+        if isinstance(memory, HostMemory):
+            memory.populate()
 
 
 def _open_memory(runtime: RuntimeDir, info: SegmentInfo) -> Memory:
