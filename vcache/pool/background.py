@@ -101,6 +101,8 @@ class Background:
         self._lock = threading.Lock()
         self._stopping = False
         self._closed = False
+        #: For what need not be sent at once; runs in this thread.
+        self.before_heartbeats: Callable[[], None] = lambda: None
         #: Set while a session is open and the server answers.
         self.available = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vcache-pool", daemon=True)
@@ -307,6 +309,7 @@ class Background:
             self._failures.record("heartbeat", UnavailableError(error.text))
 
     def _heartbeat(self, now: float) -> None:
+        self.before_heartbeats()
         numbers = {(info.segment_id, info.incarnation): info.number for info in self._session.infos()}
         mapped = [numbers[identity] for identity in self._mappings.mapped() if identity in numbers]
         self._tell_commits()

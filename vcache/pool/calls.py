@@ -41,13 +41,15 @@ _CLOSE_LINGER_MS: Final = 500
 class OneWay:
     """A message without a reply. ``settles``: grants it tells of. ``is_commit``: to be told later if it cannot be now.
 
-    ``is_seen``: what this client looks up afterwards shows it (commits do). ``id``: the name that it gives to something, or 0.
+    ``is_seen``: what this client looks up afterwards shows it (commits do). ``can_wait``: for whatever is sent next, or the next
+    heartbeat. ``id``: the name that it gives to something, or 0.
     """
 
     make: MakeRequest
     settles: Sequence[int] = ()
     is_commit: bool = False
     is_seen: bool = False
+    can_wait: bool = False
     id: int = 0
 
 
@@ -125,7 +127,7 @@ class Calls:
                     self._strayed(decoded(self._socket.recv()))
                 if self._deferred[request_id] is not None:
                     break
-            self._flush_if_free()
+            self.flush()
             time.sleep(_BREATH_S)
         reply = self._deferred.pop(request_id, None)
         if isinstance(reply, expected):
@@ -142,11 +144,21 @@ class Calls:
         if message.is_seen:  # counted once it is in the queue, which a call empties after it has looked at the count
             with self._count_lock:
                 self._to_be_seen += 1
-        self._flush_if_free()
+        if not message.can_wait:
+            self.flush()
 
     def name(self) -> int:
         """An id that no other request has, for one that is to be told with it."""
         return next(self._ids)
+
+    def flush(self) -> None:
+        """Sends what is queued, unless a call has the socket: then that does. Never waits."""
+        # Whoever has the lock looks again after giving it up, so no message is left behind.
+        while self._one_way and self._lock.acquire(blocking=False):
+            try:
+                self._flush()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Sends what is queued, then closes the socket. Harmless when called twice."""
@@ -247,15 +259,7 @@ class Calls:
     def _unlock(self) -> None:
         self._lock.release()
         if self._one_way:
-            self._flush_if_free()
-
-    def _flush_if_free(self) -> None:
-        # Whoever has the lock looks again after giving it up, so no message is left behind.
-        while self._one_way and self._lock.acquire(blocking=False):
-            try:
-                self._flush()
-            finally:
-                self._lock.release()
+            self.flush()
 
     def _refused(self, reply: AnyReply | None, epoch: int) -> None:
         if isinstance(reply, Error):

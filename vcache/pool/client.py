@@ -115,6 +115,7 @@ class PoolClient:
         self._calls = Calls(
             socket, self.session, self.background, timeout_s=config.client.call_timeout, count=self.count
         )
+        self.background.before_heartbeats = self._calls.flush
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -179,13 +180,18 @@ class PoolClient:
         )
 
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
-        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits."""
+        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits.
+
+        A lease is not worth a message of its own: this one goes with the next that is sent, or before the next heartbeat, unless
+        it says that something did not validate.
+        """
         if lease and self.session.released(lease):
             verdict = list(invalid)
             self._tell(
                 OneWay(
                     lambda id_, session, term: protocol.Release(id_, session, term, abs(lease), verdict, lease < 0),
                     is_seen=bool(verdict),  # what did not validate is dropped
+                    can_wait=not verdict,
                 )
             )
 
