@@ -12,6 +12,7 @@ import torch
 from vcache.paged_kv import PagedKV
 from vcache.transfer import cpu, staged
 from vcache.transfer.checks import Int64Array, check_gather, check_scatter
+from vcache.transfer.ways import Way, way_to
 
 __all__ = ["gather", "scatter"]
 
@@ -36,9 +37,12 @@ def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: I
 def scatter(
     kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0
 ) -> None:
-    """Copy payloads into blocks; arguments and completion as in ``gather``. A block id that comes twice is a ValueError."""
+    """Copy payloads into blocks; arguments and completion as in ``gather``. A block id that comes twice is a ValueError.
+
+    From a peer GPU by whichever way ``ways.attach`` settled for this tensor.
+    """
     direct = _scatter_by(kv, threads)
-    if segment.device.type == kv.device.type:
+    if segment.device.type == kv.device.type and (kv.device.type == "cpu" or way_to(segment) is Way.KERNEL):
         direct(kv, block_ids, segment, offsets)
     else:
         staged.scatter(kv, check_scatter(kv, block_ids, segment, offsets), segment, direct)

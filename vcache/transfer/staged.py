@@ -1,8 +1,9 @@
-"""Copies between planes and payloads that lie on different kinds of device: by way of a small buffer on the planes' device.
+"""Copies between planes and payloads by way of a small buffer on the planes' device.
 
-A GPU's planes meet host memory in this way: segments of tier DRAM, and payloads that came from a store or from another host.
-Serving engines leave little VRAM free, so the buffer is small, and smaller where not even that is to be had. What a segment
-in host memory holds is never touched by a kernel: nothing is pinned, and all is done when a call returns.
+A GPU's planes meet host memory in this way: segments of tier DRAM, and payloads that came from a store or from another host; and a
+CPU's planes VRAM. Such a copy is done when a call returns. Payloads on a peer GPU may take this way as well, by the copy engine
+(``ways.py``): then everything is only enqueued. Serving engines leave little VRAM free, so the buffer is small, and smaller where
+not even that is to be had.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ Direct = Callable[[PagedKV, Int64Array, torch.Tensor, Int64Array], None]
 
 
 def gather(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
-    """Copy blocks into payloads; done when it returns. On a GPU this waits for the current stream."""
-    for piece in _pieces(kv, copy):
-        direct(kv, piece.block_ids, piece.buffer, piece.starts)
-        for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
-            segment[offset : offset + copy.payload_bytes].copy_(payload)  # waits, so the buffer may be used again
+    """Copy blocks into payloads on a device of another kind; done when it returns. On a GPU this waits for the current stream."""
+    with _settled(kv.device, segment.device):
+        for piece in _pieces(kv, copy):
+            direct(kv, piece.block_ids, piece.buffer, piece.starts)
+            for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
+                segment[offset : offset + copy.payload_bytes].copy_(payload, non_blocking=payload.is_cuda)
 
 
 def scatter(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
-    """Copy payloads into blocks; the payloads may be used for something else when it returns, or raises.
+    """Copy payloads into blocks; of a device of another kind they may be used for something else when it returns, or raises.
 
-    On a GPU this waits for the current stream, so that what is validated afterwards is what was copied.
+    On a GPU this waits for the current stream, so that what is validated afterwards is what was copied. Where the payloads are
+    a GPU's, too, it only enqueues.
     """
-    with _awaited(kv.device):
+    with _settled(kv.device, segment.device):
         for piece in _pieces(kv, copy):
             for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
                 payload.copy_(segment[offset : offset + copy.payload_bytes], non_blocking=payload.is_cuda)
-            direct(
-                kv, piece.block_ids, piece.buffer, piece.starts
-            )  # in the stream's order: the buffer may be used again
+            direct(kv, piece.block_ids, piece.buffer, piece.starts)
 
 
 class _Piece(NamedTuple):
@@ -85,10 +86,13 @@ def _buffer(device: torch.device, nbytes: int, *, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def _awaited(device: torch.device) -> Iterator[None]:
-    """On a GPU, leaves only once what was enqueued on the current stream has been done."""
+def _settled(planes: torch.device, payloads: torch.device) -> Iterator[None]:
+    """Between a GPU's planes and the host, leaves only once what was enqueued on the current stream has been done, also by raising.
+
+    Within the stream its order alone lets the buffer be used again, by the next piece and by whoever torch's allocator gives it to.
+    """
     try:
         yield
     finally:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        if planes.type == "cuda" and payloads.type != "cuda":
+            torch.cuda.current_stream(planes).synchronize()
