@@ -6,7 +6,7 @@ BIN := .venv/bin
 PACKAGES := vcache vram_metadata_server integration/vcache_vllm integration/vcache_lmcache
 CHECKED := $(PACKAGES) benchmarks examples tests tools setup.py
 ARGS ?=
-# What runs gpu-check: a Python that has torch with CUDA, Triton and CuPy.
+# What runs gpu-check: a Python that has torch with CUDA, Triton and cuda-bindings.
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 # Traces for the replay benchmark, where there are any; without, a generated one is replayed.
 TRACES ?= $(wildcard ../shared/traces/*.jsonl)

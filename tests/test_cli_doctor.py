@@ -79,9 +79,10 @@ def test_more_than_there_is_to_donate_is_told(runtime_dir):
 
 
 @pytest.mark.cuda
-def test_a_gpu_is_shared_between_processes(runtime_dir):
+def test_a_gpu_is_shared_between_processes(config):
     from vcache.doctor import gpus
 
-    found = {finding.about: finding for finding in gpus.examine(timeout_s=60)}
+    found = {finding.about: finding for finding in gpus.examine(config, timeout_s=60)}
     assert found["cuda:0"].state is not State.PROBLEM
-    assert found["CUDA IPC on cuda:0"].state is State.OK, found["CUDA IPC on cuda:0"].detail
+    ways = [found[f"{kind.name} on cuda:0"] for kind in gpus.KINDS.values()]
+    assert any(way.state is State.OK for way in ways), [way.detail for way in ways]

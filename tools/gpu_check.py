@@ -1,6 +1,6 @@
 """Proves the CUDA paths on the machine at hand: ``make gpu-check``, or ``python tools/gpu_check.py`` in a bare checkout.
 
-Needs torch with CUDA, Triton, CuPy, a C compiler and the packages of ``NEEDED``; no network and no installation. Each step is a
+Needs torch with CUDA, Triton, cuda-bindings, a C compiler and the packages of ``NEEDED``; no network and no installation. Each step is a
 process of its own, so that a fault of the device ends that step and no other. Exit status: 0 all passed, 1 one failed, 2 the
 command line is wrong, 3 there is no CUDA device, or something it needs is missing.
 """
@@ -26,11 +26,13 @@ from xml.etree import ElementTree as ET
 ROOT: Final = Path(__file__).resolve().parents[1]
 #: By the names they are imported by.
 NEEDED: Final = (
-    "cupy", "hypothesis", "msgspec", "numpy", "pydantic", "pydantic_settings", "pytest", "pytest_timeout", "rich", "torch",
+    "cuda.bindings", "hypothesis", "msgspec", "numpy", "pydantic", "pydantic_settings", "pytest", "pytest_timeout", "rich", "torch",
     "triton", "typer", "xxhash", "yaml", "zmq",
 )  # fmt: skip
 #: Where tests that need a CUDA device are.
-TESTS: Final = ("tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py")
+TESTS: Final = (
+    "tests/memory", "tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py",
+)  # fmt: skip
 KERNELS: Final = "tests/transfer/test_cuda_copies.py"
 STEPS: Final = ("doctor", "tests", "processes", "demo", "bandwidth", "sanitizer")
 LIMIT_S: Final = 900
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def what_is_missing() -> str:
     """Why nothing can be checked here; empty if it can."""
-    if absent := [name for name in NEEDED if find_spec(name) is None]:
+    if absent := [name for name in NEEDED if not _is_there(name)]:
         return f"these packages are missing: {', '.join(absent)}"
     done = _run("-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
     if done.status or done.last_line == "0":
@@ -189,11 +191,18 @@ def what_is_missing() -> str:
     return ""
 
 
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # the package around it is missing
+        return False
+
+
 def machine() -> dict[str, str]:
     """The GPU, its driver, the versions of what drives it, and the day."""
     code = (
-        "import json, torch, triton, cupy; print(json.dumps({'gpu': torch.cuda.get_device_name(0), 'torch': torch.__version__, "
-        "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cupy': cupy.__version__}))"
+        "import json, torch, triton, cuda.bindings; print(json.dumps({'gpu': torch.cuda.get_device_name(0), 'torch': torch.__version__, "
+        "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cuda-bindings': cuda.bindings.__version__}))"
     )
     found: dict[str, str] = json.loads(_run("-c", code).last_line)
     driver = Path("/proc/driver/nvidia/version")

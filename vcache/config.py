@@ -103,6 +103,7 @@ class SegmentConfig(Section):
     size: Annotated[Size, Field(ge=1 << 20)] = 1 << 30
     records: Annotated[Count, Field(ge=0, le=1 << 20)] = 0
     tier: Literal["auto", "vram", "dram"] = "auto"
+    cuda_handles: Literal["auto", "vmm", "ipc"] = "auto"
 
 
 class PromotionConfig(Section):

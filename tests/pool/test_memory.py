@@ -32,7 +32,7 @@ def memory(device, runtime):
     if device.startswith("cuda"):
         from vcache.memory.cuda import CudaMemory
 
-        made = CudaMemory.create(2 * MIB, device=device)
+        made = CudaMemory.create(runtime, secrets.token_bytes(16), 2 * MIB, device=device)
     else:
         made = HostMemory.create(runtime, secrets.token_bytes(16), 2 * MIB, device=device)
     yield made
@@ -194,11 +194,19 @@ def test_other_machines_than_x86_are_refused(runtime, monkeypatch):
     assert not list(runtime.path.glob("segment-*"))
 
 
-def test_vram_without_cupy_or_a_gpu_says_what_is_needed(runtime, monkeypatch):
-    from vcache.memory.cuda import CudaMemory, device_ordinal
+def test_vram_without_the_bindings_says_what_is_needed(runtime, monkeypatch):
+    from vcache.memory.cuda import CudaMemory
+    from vcache.memory.cuda_driver import driver
 
-    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    driver.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(UnavailableError, match=r"vcache\[cuda12\] or vcache\[cuda13\]"):
-        CudaMemory.create(MIB, device="cuda:0")
-    with pytest.raises(UnavailableError, match="CUDA_VISIBLE_DEVICES"):
-        device_ordinal("cuda:99")
+        CudaMemory.create(runtime, secrets.token_bytes(16), MIB, device="cuda:0")
+
+
+@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="there is a driver here")
+def test_vram_without_a_driver_says_so(runtime):
+    from vcache.memory.cuda import CudaMemory
+
+    with pytest.raises(UnavailableError, match="no NVIDIA driver|driver cannot be used"):
+        CudaMemory.create(runtime, secrets.token_bytes(16), MIB, device="cuda:0")

@@ -29,7 +29,7 @@ def memory(device, runtime):
     if device.startswith("cuda"):
         from vcache.memory.cuda import CudaMemory
 
-        made = CudaMemory.create(2 * MIB, device=device)
+        made = CudaMemory.create(runtime, ID, 2 * MIB, device=device)
     else:
         made = HostMemory.create(runtime, ID, 2 * MIB, device=device)
     yield made

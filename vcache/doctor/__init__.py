@@ -24,4 +24,4 @@ def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
     yield from host.examine(config)
     yield from pool.examine(config, timeout_s=timeout_s)
     yield from stores.examine(config, timeout_s=timeout_s)
-    yield from gpus.examine(timeout_s=timeout_s)
+    yield from gpus.examine(config, timeout_s=timeout_s)

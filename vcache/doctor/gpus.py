@@ -1,7 +1,4 @@
-"""The GPUs: the driver, which of them this process sees, and between which of them memory can be shared.
-
-Of each pair what the driver promises; of each device what really happens, by a second process that opens memory of this one.
-"""
+"""The GPUs: the driver, which of them this process sees, and between which of them memory can be shared, by which handles."""
 
 from __future__ import annotations
 
@@ -9,14 +6,18 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
-from itertools import permutations
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vcache.doctor.finding import Finding, State
 from vcache.errors import CapacityError, UnavailableError
+from vcache.pool.runtime_dir import RuntimeDir
 from vcache.units import approximate_size
+
+if TYPE_CHECKING:
+    from vcache.config import VCacheConfig
+    from vcache.memory.cuda import HandleKind
 
 DRIVER: Final = Path("/proc/driver/nvidia")
 PROBE_BYTES: Final = 1 << 20
@@ -24,7 +25,25 @@ PROBE_BYTES: Final = 1 << 20
 CONTEXT_BYTES: Final = 500 << 20
 
 
-def examine(*, timeout_s: float) -> Iterator[Finding]:
+class Kind(NamedTuple):
+    """A kind of handle: what people call it, and what may help where it does not work."""
+
+    name: str
+    fix: str
+
+
+#: The preferred one first.
+KINDS: Final[dict[HandleKind, Kind]] = {
+    "vmm": Kind(
+        "VMM handles",
+        "in containers, give all of them the same runtime_dir (one volume) and the same user; set segment.cuda_handles: ipc to do "
+        "without",
+    ),
+    "ipc": Kind("CUDA IPC", "in containers, start all of them with --ipc=host; between MIG instances there is none"),
+}
+
+
+def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
     import torch
 
     if torch.version.cuda is None:
@@ -34,15 +53,13 @@ def examine(*, timeout_s: float) -> Iterator[Finding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return
-    runtime = yield from _cupy(torch)
     for ordinal in range(count):
         yield _device(torch, ordinal)
-    if runtime is None:
-        return
-    for ordinal in range(count):
-        yield _shared(ordinal, timeout_s)
-    for reader, owner in permutations(range(count), 2):
-        yield _peers(runtime, reader, owner)
+    missing = _driver(torch)
+    if missing is not None:
+        yield missing
+    else:
+        yield from sharing(config, timeout_s=timeout_s)
 
 
 def _visible(torch: Any) -> Iterator[Finding]:
@@ -74,23 +91,16 @@ def _visible(torch: Any) -> Iterator[Finding]:
         yield Finding("MPS", State.NOTE, "CUDA MPS is on: a fault of one of its clients ends all of them")
 
 
-def _cupy(torch: Any) -> Generator[Finding, None, Any]:
-    """Yields what is to be said of CuPy, answers its runtime, or None when there is none that fits."""
-    wanted = torch.version.cuda.partition(".")[0]
+def _driver(torch: Any) -> Finding | None:
+    """What keeps segments from VRAM at all, if anything does."""
+    from vcache.memory.cuda_driver import driver
+
     try:
-        from cupy.cuda import runtime
-    except ImportError as error:
-        yield Finding("CuPy", State.PROBLEM, f"VRAM segments need it: {error}", f"pip install vcache[cuda{wanted}]")
-        return None
-    built = runtime.runtimeGetVersion() // 1000
-    if str(built) != wanted:
-        yield Finding(
-            "CuPy",
-            State.NOTE,
-            f"it is built for CUDA {built}, torch for CUDA {wanted}",
-            f"pip install vcache[cuda{wanted}] if segments cannot be made",
-        )
-    return runtime
+        driver()
+    except UnavailableError as error:
+        wanted = torch.version.cuda.partition(".")[0]
+        return Finding("CUDA bindings", State.PROBLEM, str(error), f"pip install vcache[cuda{wanted}]")
+    return None
 
 
 def _device(torch: Any, ordinal: int) -> Finding:
@@ -102,51 +112,70 @@ def _device(torch: Any, ordinal: int) -> Finding:
     )
     if "MIG" in name:
         return Finding(
-            f"cuda:{ordinal}", State.NOTE, detail, "this is a MIG instance: memory is not shared between instances"
+            f"cuda:{ordinal}",
+            State.NOTE,
+            detail,
+            "this is a MIG instance: processes share memory within it, not with other instances, which are other devices to CUDA",
         )
     return Finding(f"cuda:{ordinal}", State.OK, detail)
 
 
-def _shared(ordinal: int, timeout_s: float) -> Finding:
-    """Whether another process of this host can open memory of this one, and reads the bytes that are in it."""
-    about = f"CUDA IPC on cuda:{ordinal}"
+def sharing(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
+    """Of each GPU whether others can open its memory by each kind of handle; of each pair whether one reads the other's.
+
+    What is asked is done: a second process opens memory of this one, and says what is in it.
+    """
+    from vcache.memory.cuda_driver import can_read, device_count, device_uuid
+
+    runtime = RuntimeDir(config.runtime_path)
+    uuids = [device_uuid(ordinal) for ordinal in range(device_count())]
+    for owner, uuid in enumerate(uuids):
+        said = {kind: _refusal(runtime, owner, uuid, kind, timeout_s) for kind in KINDS}
+        working = next((kind for kind, refusal in said.items() if not refusal), None)
+        for kind, refusal in said.items():
+            yield _of_kind(kind, owner, refusal, is_needed=config.segment.cuda_handles == kind or working is None)
+        for reader, by in enumerate(uuids):
+            if reader == owner or working is None:
+                continue
+            about = f"cuda:{reader} with memory of cuda:{owner}"
+            if not can_read(reader, owner):
+                detail = "no peer access: chunks there are misses here"
+                yield Finding(about, State.NOTE, detail, "donate on each GPU that is to read (nvidia-smi topo -p2p r)")
+            elif refusal := _refusal(runtime, owner, by, working, timeout_s):
+                yield Finding(about, State.PROBLEM, refusal)
+            else:
+                yield Finding(about, State.OK, f"reads it directly ({KINDS[working].name})")
+
+
+def _of_kind(kind: HandleKind, ordinal: int, refusal: str, *, is_needed: bool) -> Finding:
+    about = f"{KINDS[kind].name} on cuda:{ordinal}"
+    if not refusal:
+        return Finding(about, State.OK, "another process opens this one's memory and reads it")
+    return Finding(about, State.PROBLEM if is_needed else State.NOTE, refusal, KINDS[kind].fix)
+
+
+def _refusal(runtime: RuntimeDir, owner: int, reader: str, kind: HandleKind, timeout_s: float) -> str:
+    """Why another process cannot use the GPU ``reader`` (a UUID) to read memory of ``owner``; empty if it can."""
     from vcache.memory.cuda import CudaMemory
 
     try:
-        memory = CudaMemory.create(PROBE_BYTES, device=f"cuda:{ordinal}")
-    except (CapacityError, UnavailableError) as error:
-        return Finding(about, State.PROBLEM, str(error))
+        device = f"cuda:{owner}"
+        memory = CudaMemory.create(runtime, secrets.token_bytes(16), PROBE_BYTES, device=device, handles=kind)
+    except (CapacityError, UnavailableError, OSError) as error:
+        return str(error)
     try:
         word = secrets.randbits(63)
         memory.words.store(1, word)
         memory.words.fence()
-        command = [
-            sys.executable,
-            "-m",
-            "vcache.doctor.open_cuda",
-            memory.handle.hex(),
-            str(memory.nbytes),
-            memory.device,
-        ]
+        arguments = [str(runtime.path), memory.handle.hex(), str(memory.nbytes), memory.device, reader]
+        command = [sys.executable, "-m", "vcache.doctor.open_cuda", *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + 60, check=False)
         except subprocess.TimeoutExpired as error:
-            return Finding(about, State.PROBLEM, str(error))
+            return str(error)
         if done.returncode or done.stdout.strip() != str(word):
             said = (done.stderr.strip().splitlines() or ["it read other bytes"])[-1]
-            return Finding(
-                about,
-                State.PROBLEM,
-                f"another process cannot read this one's memory: {said}",
-                "in containers, use --ipc=host",
-            )
-        return Finding(about, State.OK, "another process reads this one's memory")
+            return f"another process cannot read this one's memory: {said}"
+        return ""
     finally:
         memory.close()
-
-
-def _peers(runtime: Any, reader: int, owner: int) -> Finding:
-    about = f"cuda:{reader} from cuda:{owner}"
-    if runtime.deviceCanAccessPeer(reader, owner):
-        return Finding(about, State.OK, "reads its memory directly")
-    return Finding(about, State.NOTE, "no peer access: copies between them go through host memory")

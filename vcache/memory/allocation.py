@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def allocate(config: VCacheConfig, runtime: RuntimeDir, segment_id: bytes, nbytes: int, *, device: str) -> Memory:
-    """Zeroed memory of ``device`` ("cuda:0", "cpu:1"), owned by the caller; torch is loaded for a GPU's only.
+    """Zeroed memory of ``device`` ("cuda:0", "cpu:1"), owned by the caller. Nothing here loads torch.
 
     ``segment.tier`` "dram" takes host memory for a GPU too; "vram" on a CPU is host memory that stands in for a GPU's.
-    Raises ``CapacityError`` when the device has not as much memory.
+    Raises ``CapacityError`` when the device has not as much memory, ``UnavailableError`` when a GPU's cannot be had or shared.
     """
     if device.startswith("cuda") and config.segment.tier != "dram":
-        from vcache.memory.cuda import CudaMemory  # needs CuPy
+        from vcache.memory.cuda import CudaMemory
 
-        return CudaMemory.create(nbytes, device=device)
+        return CudaMemory.create(runtime, segment_id, nbytes, device=device, handles=config.segment.cuda_handles)
     name = device if is_host(device) else "cpu:0"
     return HostMemory.create(runtime, segment_id, nbytes, device=name)

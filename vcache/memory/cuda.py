@@ -1,207 +1,164 @@
-"""VRAM shared between processes: one cudaMalloc, one CUDA IPC handle, one segment.
+"""VRAM shared between processes: one allocation of its own, one segment.
 
 Never from a caching allocator: a handle covers the whole allocation, and expandable segments cannot be exported. Devices are
-named by UUID, since ordinals differ between processes. The process that exports a handle cannot open it: it uses its own
-pointer (``mappings.Mappings.adopt``). Needs CuPy; importable and type-checked without it.
+named by UUID, since ordinals differ between processes. Two kinds of handles do it: by file descriptor (``cuda_vmm``), preferred
+because its memory survives the exporter, and CUDA IPC (``cuda_ipc``), which the exporting process cannot open: it uses its own
+pointer (``mappings.Mappings.adopt``). No torch, unless somebody asks for the tensor: a donor of its own holds the segment and a
+bare context.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final, Literal
 
-import numpy as np
-
-from vcache.errors import CapacityError, UnavailableError
-from vcache.memory.base import WORD_BYTES, IndexArray, WordArray
+from vcache.errors import CapacityError, CorruptionError, UnavailableError
+from vcache.memory import cuda_ipc, cuda_vmm
+from vcache.memory.cuda_driver import CudaError, call, can_read, device_ordinal, device_uuid, on_device, zero
+from vcache.memory.cuda_words import CudaWords
+from vcache.memory.foreign_tensor import tensor_over
+from vcache.pool.runtime_dir import RuntimeDir
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
+HandleKind = Literal["auto", "vmm", "ipc"]
+
 _ALIGNMENT: Final = 4096
-_PEER_ACCESS_LAZY: Final = 1
-_HOST_TO_DEVICE: Final = 1
-
-
-class CudaWords:
-    """Words of VRAM, by small copies on the calling thread's current stream, in the order of whatever it enqueued there.
-
-    A stand-alone donor needs no kernels for this. Loads wait for the stream.
-    """
-
-    def __init__(self, address: int, tensor: torch.Tensor) -> None:
-        import torch
-
-        self._address = address
-        self._tensor = tensor.view(torch.int64)
-        self._runtime = _cuda_runtime()
-
-    def load(self, index: int) -> int:
-        return int(self.load_run(index, 1)[0])
-
-    def store(self, index: int, value: int) -> None:
-        self._copy_in(index, np.array([value], dtype=np.uint64))
-
-    def store_run(self, start: int, values: WordArray) -> None:
-        self._copy_in(start, np.ascontiguousarray(values))
-
-    def load_each(self, indices: IndexArray) -> WordArray:
-        import torch
-
-        at = torch.from_numpy(indices.reshape(-1)).to(self._tensor.device, non_blocking=False)
-        found: WordArray = self._tensor[at].cpu().numpy().view(np.uint64).reshape(indices.shape)
-        return found
-
-    def load_run(self, start: int, count: int) -> WordArray:
-        found: WordArray = self._tensor[start : start + count].cpu().numpy().view(np.uint64)
-        return found
-
-    def fence(self) -> None:
-        import torch
-
-        torch.cuda.current_stream(self._tensor.device).synchronize()
-
-    def _copy_in(self, start: int, values: WordArray) -> None:
-        import torch
-
-        # The driver takes so small a piece of pageable memory before it returns; each word of it arrives whole.
-        stream = torch.cuda.current_stream(self._tensor.device)
-        self._runtime.memcpyAsync(
-            self._address + start * WORD_BYTES, values.ctypes.data, values.nbytes, _HOST_TO_DEVICE, stream.cuda_stream
-        )
-
-
-class _Array:
-    """What torch needs to see memory of others as a tensor."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+#: What a handle begins with.
+_VMM: Final = b"vmm "
+_IPC: Final = b"ipc "
 
 
 class CudaMemory:
-    """VRAM. ``create`` makes and owns it, ``open`` maps another process's."""
+    """VRAM. ``create`` makes and owns it, ``open`` maps another process's.
 
-    def __init__(self, address: int, nbytes: int, *, ordinal: int, handle: bytes, is_owned: bool) -> None:
-        import torch
+    ``device``: the UUID of the GPU that has it. ``ordinal``: the device of this process that may read and write it, which for
+    memory of a peer is another one.
+    """
 
+    def __init__(
+        self, address: int, nbytes: int, *, device: str, ordinal: int, handle: bytes, release: ExitStack
+    ) -> None:
         self.address = address
         self.nbytes = nbytes
-        self.handle = handle
+        self.device = device
         self.ordinal = ordinal
-        self.device = device_uuid(ordinal)
-        self._is_owned = is_owned
+        self.handle = handle
+        self.words = CudaWords(address, ordinal)
+        self._release = release
         self._lock = threading.Lock()
         self._closed = False
-        self._tensor: torch.Tensor = torch.as_tensor(_Array(address, nbytes), device=f"cuda:{ordinal}")
-        self.words = CudaWords(address, self._tensor)
+        self._tensor: torch.Tensor | None = None
 
     @classmethod
-    def create(cls, nbytes: int, *, device: str) -> CudaMemory:
+    def create(
+        cls, runtime: RuntimeDir, segment_id: bytes, nbytes: int, *, device: str, handles: HandleKind = "auto"
+    ) -> CudaMemory:
         """Allocates zeroed VRAM on ``device`` ("cuda:0", or a UUID). The caller owns it and must ``close`` it.
 
-        Raises ``CapacityError`` naming both numbers when there is less, ``UnavailableError`` when the device is not there.
+        ``handles``: "vmm" or "ipc" for that kind only, "auto" for the first that can be had. Raises ``CapacityError`` naming both
+        numbers when there is less memory, ``UnavailableError`` when device or kind are not there.
         """
         if nbytes <= 0 or nbytes % _ALIGNMENT:
             raise ValueError(f"nbytes = {nbytes}: must be a positive multiple of {_ALIGNMENT}")
-        runtime = _cuda_runtime()
         ordinal = device_ordinal(device)
-        with _on_device(ordinal):
-            free, _ = runtime.memGetInfo()
+        with on_device(ordinal):
+            free = _free_bytes()
             if nbytes > free:
                 raise _too_little(nbytes, free, device)
-            try:
-                address = runtime.malloc(nbytes)
-            except runtime.CUDARuntimeError as error:
-                raise _too_little(nbytes, runtime.memGetInfo()[0], device) from error
-            try:
-                runtime.memset(address, 0, nbytes)
-                runtime.deviceSynchronize()
-                handle = bytes(runtime.ipcGetMemHandle(address))
-                return cls(address, nbytes, ordinal=ordinal, handle=handle, is_owned=True)
-            except BaseException:
-                runtime.free(address)
-                raise
+            if handles != "ipc":
+                try:
+                    return cls._create(runtime, segment_id, nbytes, ordinal, _VMM)
+                except (UnavailableError, OSError) as error:
+                    if handles == "vmm":
+                        raise UnavailableError(f"segment.cuda_handles = 'vmm': {error}; use auto or ipc") from error
+                    logger.warning("the segment on %s is shared by CUDA IPC instead of VMM handles: %s", device, error)
+            return cls._create(runtime, segment_id, nbytes, ordinal, _IPC)
 
     @classmethod
-    def open(cls, handle: bytes, nbytes: int, *, device: str) -> CudaMemory:
-        """Maps what another process of this host made on ``device`` (a UUID).
-
-        Raises ``UnavailableError`` when this process cannot see the device, or the handle cannot be opened.
-        """
-        runtime = _cuda_runtime()
-        ordinal = device_ordinal(device)
-        with _on_device(ordinal):
+    def _create(cls, runtime: RuntimeDir, segment_id: bytes, nbytes: int, ordinal: int, kind: bytes) -> CudaMemory:
+        """By one kind of handle, on the current device ``ordinal``. What was made is taken back when a step fails."""
+        device = device_uuid(ordinal)
+        with ExitStack() as stack:
             try:
-                address = runtime.ipcOpenMemHandle(handle, _PEER_ACCESS_LAZY)
-            except runtime.CUDARuntimeError as error:
-                raise UnavailableError(f"the segment on {device} cannot be opened through CUDA IPC: {error}") from error
-        return cls(address, nbytes, ordinal=ordinal, handle=handle, is_owned=False)
+                if kind == _VMM:
+                    address, handle = cuda_vmm.create(stack, runtime, segment_id, nbytes, ordinal=ordinal)
+                else:
+                    address, handle = cuda_ipc.create(stack, nbytes)
+                zero(address, nbytes)
+            except CudaError as error:
+                if error.is_out_of_memory:
+                    raise _too_little(nbytes, _free_bytes(), device) from error
+                raise
+            release = stack.pop_all()
+        return cls(address, nbytes, device=device, ordinal=ordinal, handle=kind + handle, release=release)
+
+    @classmethod
+    def open(
+        cls, runtime: RuntimeDir, handle: bytes, nbytes: int, *, device: str, reader: str | None = None
+    ) -> CudaMemory:
+        """Maps what another process of this host made on ``device`` (a UUID), for use by ``reader`` (default: the same device).
+
+        Nothing is ever done on ``device`` itself when ``reader`` is another. Raises ``UnavailableError`` when this process cannot
+        see the devices, ``reader`` has no access to the other's memory, or the handle cannot be opened; ``CorruptionError`` for a
+        handle that is none.
+        """
+        owner = device_ordinal(device)
+        ordinal = owner if reader is None else device_ordinal(reader)
+        if not can_read(ordinal, owner):
+            raise UnavailableError(
+                f"device {reader} has no peer access to memory of {device}: `vcache doctor` lists the pairs"
+            )
+        kind, opaque = handle[: len(_VMM)], handle[len(_VMM) :]
+        with on_device(ordinal), ExitStack() as stack:
+            try:
+                if kind == _VMM:
+                    address = cuda_vmm.open_handle(stack, runtime, opaque, nbytes, reader=ordinal)
+                elif kind == _IPC:
+                    address = cuda_ipc.open_handle(stack, opaque)
+                else:
+                    raise CorruptionError(f"{kind!r} is no kind of handle")
+            except CudaError as error:
+                raise UnavailableError(
+                    f"the segment on {device} cannot be opened ({kind.decode().strip()}): {error}"
+                ) from error
+            return cls(address, nbytes, device=device, ordinal=ordinal, handle=handle, release=stack.pop_all())
 
     @property
     def tensor(self) -> torch.Tensor:
-        """uint8 ``[nbytes]``; not to be used after ``close``, which unmaps it whoever holds it."""
+        """uint8 ``[nbytes]`` on the device ``ordinal``; not to be used after ``close``, which unmaps it whoever holds it."""
         if self._closed:
             raise UnavailableError("the segment's memory was closed")
+        if self._tensor is None:
+            self._tensor = tensor_over(self.address, self.nbytes, cuda_ordinal=self.ordinal)
         return self._tensor
 
     def close(self) -> None:
-        """After every user's work on it has completed: this waits for the device."""
+        """Only once every user's work on it has completed: this does not wait for the device.
+
+        To wait for a whole device would spoil a capture of a graph that another thread is at, and unmapping by itself does not
+        wait in every case. Harmless when called twice.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        runtime = _cuda_runtime()
-        with _on_device(self.ordinal):
-            runtime.deviceSynchronize()
-            if self._is_owned:
-                runtime.free(self.address)
-            else:
-                runtime.ipcCloseMemHandle(self.address)
+            self._tensor = None
+        try:
+            with on_device(self.ordinal):
+                self._release.close()
+        except CudaError as error:  # the context is beyond use, and all of its memory with it
+            logger.warning("the segment's memory on %s cannot be given up: %s", self.device, error)
 
 
-def device_uuid(ordinal: int) -> str:
-    """The UUID of the device that this process calls ``cuda:<ordinal>``, as ``vcache.devices`` names it."""
-    import torch
-
-    return str(torch.cuda.get_device_properties(ordinal).uuid)
-
-
-def device_ordinal(device: str) -> int:
-    """What this process calls ``device`` ("cuda:0", or a UUID). Raises ``UnavailableError`` when it cannot see it."""
-    import torch
-
-    visible = torch.cuda.device_count()
-    if device.startswith("cuda"):
-        ordinal = int(device.partition(":")[2] or 0)
-        if ordinal < visible:
-            return ordinal
-    for ordinal in range(visible):
-        if device_uuid(ordinal) == device:
-            return ordinal
-    raise UnavailableError(
-        f"device {device!r}: this process sees {visible} GPUs and it is none of them; check CUDA_VISIBLE_DEVICES"
-    )
-
-
-def _cuda_runtime() -> Any:
-    try:
-        from cupy.cuda import runtime
-    except ImportError as error:
-        raise UnavailableError(
-            f"VRAM segments need CuPy ({error}); install vcache[cuda12] or vcache[cuda13], as the driver has it"
-        ) from error
-    return runtime
-
-
-def _on_device(ordinal: int) -> Any:
-    import torch
-
-    return torch.cuda.device(ordinal)
+def _free_bytes() -> int:
+    """Of the current device."""
+    return int(call("cuMemGetInfo"))
 
 
 def _too_little(nbytes: int, free: int, device: str) -> CapacityError:

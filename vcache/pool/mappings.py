@@ -195,7 +195,7 @@ class Mappings:
         if self._closed:
             return None
         try:
-            memory = _open_memory(self._runtime, info)
+            memory = _open_memory(self._runtime, info, reader=self._device)
         except (OSError, VCacheError) as error:
             self._failures.record(f"map segment of {info.device}", error)
             return None
@@ -282,9 +282,11 @@ class Mappings:
             memory.populate()
 
 
-def _open_memory(runtime: RuntimeDir, info: SegmentInfo) -> Memory:
+def _open_memory(runtime: RuntimeDir, info: SegmentInfo, *, reader: str) -> Memory:
+    """``reader``: the device that will read it; a process whose planes are in host memory reads a GPU's through that GPU."""
     if is_host(info.device):
         return HostMemory.open(runtime, info.handle, info.nbytes, device=info.device)
-    from vcache.memory.cuda import CudaMemory  # loads torch, and needs CuPy
+    from vcache.memory.cuda import CudaMemory
 
-    return CudaMemory.open(info.handle, info.nbytes, device=info.device)
+    through = info.device if not reader or is_host(reader) else reader
+    return CudaMemory.open(runtime, info.handle, info.nbytes, device=info.device, reader=through)

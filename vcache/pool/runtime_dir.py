@@ -5,6 +5,7 @@ Two processes are on the same host if and only if they see the same runtime dire
 * ``host``: 16 random bytes, the HostId;
 * ``client-<session>.lock``: held (flock) by every writing client for as long as its process lives;
 * ``segment-<id>.shm``: the memory of a host segment, held (flock) by its donor;
+* ``segment-<id>.sock``: where the donor of a segment in VRAM hands out its memory, as long as it listens there;
 * ``index-<term><random>.shm``: the metadata server's index for readers, held (flock) by the server;
 * ``sweep.lock``: held for a moment while one of these is created or looked at, so that nobody takes a file that exists but
   is not yet locked for one whose owner has died;
@@ -22,6 +23,7 @@ import fcntl
 import os
 import re
 import secrets
+import socket
 import stat
 import time
 import weakref
@@ -34,8 +36,11 @@ from vcache.errors import CorruptionError, UnavailableError
 HOST_ID_BYTES: Final = 16
 #: How long ``sweep.lock`` is waited for: a process may be suspended while it holds it, and no wait is without a bound.
 SWEEP_PATIENCE_S: Final = 1.0
-_OWNED: Final = re.compile(r"(client)-([0-9a-f]{32})\.lock|segment-[0-9a-f]{32}\.shm|index-[0-9a-f]{32}\.shm(?:\.new)?")
+_OWNED: Final = re.compile(
+    r"(client)-([0-9a-f]{32})\.lock|segment-[0-9a-f]{32}\.(?:shm|sock)|index-[0-9a-f]{32}\.shm(?:\.new)?"
+)
 _SEGMENT_NAME: Final = re.compile(r"segment-[0-9a-f]{32}\.shm")
+_SOCKET_NAME: Final = re.compile(r"segment-[0-9a-f]{32}\.sock")
 _INDEX_NAME: Final = re.compile(r"index-[0-9a-f]{32}\.shm")
 
 _held: weakref.WeakSet[HeldFile] = weakref.WeakSet()
@@ -143,6 +148,32 @@ class RuntimeDir:
             raise CorruptionError(f"{name!r} does not name a segment file")
         return os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
+    def listen_for_segment(self, segment_id: bytes) -> tuple[Path, socket.socket]:
+        """A socket (mode 0600) at which a segment's memory is handed out, and its path. ``close`` and ``unlink`` are the caller's.
+
+        Raises ``OSError`` when it cannot be made: the system allows its path 107 bytes.
+        """
+        path = self.path / f"segment-{segment_id.hex()}.sock"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with self._sweeping():  # bound, and not yet listening, it looks like a dead process's
+                listener.bind(str(path))
+                path.chmod(0o600)
+                listener.listen()
+        except BaseException:
+            listener.close()
+            raise
+        return path, listener
+
+    def segment_socket(self, name: str) -> Path:
+        """Where another process listens for its segment; ``name`` came over a socket and is checked.
+
+        Raises ``CorruptionError`` for a name that is none.
+        """
+        if not _SOCKET_NAME.fullmatch(name):
+            raise CorruptionError(f"{name!r} does not name a segment's socket")
+        return self.path / name
+
     def create_index_file(self, name: str) -> HeldFile:
         """Creates and locks the (empty) file of the server's index. ``close`` and ``unlink`` are the caller's."""
         return self._create_locked(self.path / name)
@@ -184,7 +215,7 @@ class RuntimeDir:
             ]
 
     def sweep(self) -> list[str]:
-        """Removes the lock files and segments whose owners are dead; returns the names removed.
+        """Removes the lock files, segments and sockets whose owners are dead; returns the names removed.
 
         Memory that a living process still has mapped is freed when that process unmaps it. Raises ``UnavailableError``
         as ``is_dead`` does.
@@ -244,7 +275,9 @@ def _checked_host_id(path: Path) -> bytes:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nobody holds the lock of ``path``. Only to be asked while holding ``sweep.lock``."""
+    """Whether nobody holds the lock of ``path``, or listens there. Only to be asked while holding ``sweep.lock``."""
+    if path.suffix == ".sock":
+        return _is_deaf(path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -256,3 +289,16 @@ def _is_free(path: Path) -> bool:
         return free
     finally:
         os.close(fd)
+
+
+def _is_deaf(path: Path) -> bool:
+    """Whether no process has the socket ``path`` open. One that is stopped, or has no room for another connection, has."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except BlockingIOError:
+            return False
+    return False

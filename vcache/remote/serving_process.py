@@ -2,7 +2,7 @@
 
     python -m vcache.remote.serving_process LIFE CONTROL     (descriptors; see companion/link.py)
 
-It ends with its donor, so that readers find out at once. Torch-free, unless the segment is on a GPU.
+It ends with its donor, so that readers find out at once. Torch-free.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def main(arguments: list[str]) -> None:
             mapping = _mapped(serve, read_only=engine.maps_read_only())
             address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
         else:
-            from vcache.memory.cuda import CudaMemory  # loads torch, and needs CuPy
+            from vcache.memory.cuda import CudaMemory
 
-            memory = CudaMemory.open(serve.handle, serve.nbytes, device=serve.device)
+            runtime = RuntimeDir(Path(serve.runtime_dir))
+            memory = CudaMemory.open(runtime, serve.handle, serve.nbytes, device=serve.device)
             address = memory.address
         engine.register(address, serve.nbytes)
-    except (VCacheError, ImportError, OSError, RuntimeError) as error:  # RuntimeError: what torch and CuPy raise
+    except (VCacheError, ImportError, OSError, RuntimeError) as error:  # RuntimeError: the engine's
         control.send(Failed(str(error)))
         os._exit(1)
     control.send(Ready(announced(Announcement(serve.engine.kind, engine.peer, address))))

@@ -1,0 +1,70 @@
+"""Words of VRAM by small copies: what a donor needs of records, without kernels, without torch and without memory for them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import numpy as np
+
+from vcache.memory.base import WORD_BYTES, IndexArray, WordArray
+from vcache.memory.cuda_driver import call, on_device
+
+#: Words at most so far apart are read in one copy: a copy costs as much as a few thousand bytes in it.
+_GAP_WORDS: Final = 256
+
+
+class CudaWords:
+    """By copies on the calling thread's current stream, in the order of whatever it enqueued there. Loads wait for the stream.
+
+    A copy from or to memory that is not pinned, as numpy's, has CUDA's promise (API synchronization behavior) that its bytes have
+    been taken from there, or have arrived there, when the call returns.
+    """
+
+    def __init__(self, address: int, ordinal: int) -> None:
+        self._address = address
+        self._ordinal = ordinal
+
+    def load(self, index: int) -> int:
+        return int(self.load_run(index, 1)[0])
+
+    def store(self, index: int, value: int) -> None:
+        self.store_run(index, np.array([value], dtype=np.uint64))
+
+    def store_run(self, start: int, values: WordArray) -> None:
+        values = np.ascontiguousarray(values)
+        with on_device(self._ordinal):
+            at = self._address + start * WORD_BYTES
+            call("cuMemcpyHtoDAsync", at, values.ctypes.data, values.nbytes, current_stream(self._ordinal))
+
+    def load_each(self, indices: IndexArray) -> WordArray:
+        wanted, back = np.unique(indices, return_inverse=True)
+        words: WordArray = np.empty(len(wanted), dtype=np.uint64)
+        if len(wanted):
+            with on_device(self._ordinal):
+                stream = current_stream(self._ordinal)
+                for part in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) > _GAP_WORDS) + 1):
+                    at = wanted[part]
+                    words[part] = self._load(int(at[0]), int(at[-1] - at[0]) + 1, stream)[at - at[0]]
+        return words[back].reshape(indices.shape)
+
+    def load_run(self, start: int, count: int) -> WordArray:
+        with on_device(self._ordinal):
+            return self._load(start, count, current_stream(self._ordinal))
+
+    def fence(self) -> None:
+        with on_device(self._ordinal):
+            call("cuStreamSynchronize", current_stream(self._ordinal))
+
+    def _load(self, start: int, count: int, stream: int) -> WordArray:
+        found: WordArray = np.empty(count, dtype=np.uint64)
+        call("cuMemcpyDtoHAsync", found.ctypes.data, self._address + start * WORD_BYTES, found.nbytes, stream)
+        return found
+
+
+def current_stream(ordinal: int) -> int:
+    """The stream that the calling thread has chosen in torch; the default one where nobody has loaded torch to choose another."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.current_stream(ordinal).cuda_stream)
