@@ -98,7 +98,7 @@ def attach(segment: torch.Tensor, start: int, *, reader: str, owner: str, settin
 
 def way_to(segment: torch.Tensor) -> Way:
     """What ``attach`` settled for this very tensor; a kernel for all others."""
-    return _by_copy.get(segment, Way.KERNEL)
+    return Way.COPY if segment in _by_copy else Way.KERNEL
 
 
 def measured(segment: torch.Tensor, start: int) -> Seconds:
@@ -124,7 +124,7 @@ def measured(segment: torch.Tensor, start: int) -> Seconds:
 def _device_seconds(act: Callable[[], object]) -> float:
     """The median time between events around what ``act`` enqueues on the current stream, after a first time that does not count."""
     act()
-    figures = []
+    figures: list[float] = []
     for _ in range(_ROUNDS):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(_DELAY_CYCLES)  # type: ignore[no-untyped-call]
