@@ -18,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { DEVICES = 2, FREE_BYTES = 64 << 20, GRANULARITY = 2 << 20, GLOBAL = 0, RELAXED = 2, RESERVED = 1, MAPPED = 2 };
+enum { DEVICES = 2, FREE_BYTES = 64 << 20, GRANULARITY = 2 << 20, GLOBAL = 0, RELAXED = 2, RESERVED = 1, MAPPED = 2, PINNED = 3 };
 enum { OK, INVALID_VALUE = 1, NO_MEMORY = 2, INVALID_DEVICE = 101, NO_CONTEXT = 201, MAP_FAILED_ = 205, INVALID_HANDLE = 400,
        CAPTURING = 900, UNKNOWN = 999 };
 typedef uint64_t ptr;
@@ -130,6 +130,20 @@ int cuIpcOpenMemHandle(ptr *at, struct handle handle, unsigned flags) {
   return take(*at, said[2], fd, MAPPED, 0);
 }
 int cuIpcCloseMemHandle(ptr at) { UNSAFE; return give_up(at, 0); }
+
+int cuMemHostRegister(void *at, size_t size, unsigned flags) {
+  UNSAFE;
+  if (flags != 1 || slot((ptr)at) >= 0) return INVALID_VALUE;
+  for (size_t i = 0; i < size; i += 4096) (void)*((volatile char *)at + i); /* all of it is there */
+  return take((ptr)at, size, -1, PINNED, 0);
+}
+int cuMemHostUnregister(void *at) {
+  UNSAFE;
+  int i = slot((ptr)at);
+  if (i < 0 || ranges[i].state != PINNED) return INVALID_VALUE;
+  (void)*(volatile char *)at; /* still mapped */
+  return ranges[i].at = 0, OK;
+}
 
 struct property { int type, handles, where, device; };
 int cuMemGetAllocationGranularity(size_t *size, struct property *wanted, int option) { LOGGED; return *size = GRANULARITY, OK; }

@@ -64,7 +64,9 @@ class CudaWords:
 
 def current_stream(ordinal: int) -> int:
     """The stream that the calling thread has chosen in torch; the default one where nobody has loaded torch to choose another."""
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    # By way of sys.modules, where it may be half imported: another thread is at it.
+    torch_cuda: Any = sys.modules.get("torch.cuda")
+    is_initialized = getattr(torch_cuda, "is_initialized", None)
+    if is_initialized is None or not is_initialized():
         return 0
-    return int(torch.cuda.current_stream(ordinal).cuda_stream)
+    return int(torch_cuda.current_stream(ordinal).cuda_stream)

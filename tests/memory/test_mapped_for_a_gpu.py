@@ -1,0 +1,68 @@
+"""What a process with a GPU maps: pinned where it is host memory, and given up by a thread that may wait, never under a user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.memory.conftest import Vram
+from tests.pool.payloads import until
+from tests.support.processes import Processes
+
+GIVING_UP = {"host": "cuMemHostUnregister", "vram": "cuMemUnmap"}
+PREPARING = {"host": "cuMemHostRegister", "vram": "cuMemSetAccess"}
+
+
+@pytest.fixture
+def start(processes: Processes, runtime_dir: Path, tmp_path: Path, stand_in) -> Iterator[Callable[..., Vram]]:
+    """Starts a process that maps a segment in some place, over the stand-in."""
+
+    def begin(place: str, **settings: str) -> Vram:
+        log = tmp_path / "calls"
+        chosen = {f"STAND_IN_{name.upper()}": value for name, value in settings.items()}
+        extra = {**stand_in, **chosen, "STAND_IN_LOG": str(log)}
+        child = processes.python("-m", "tests.memory.mapping_process", str(runtime_dir), place, extra=extra)
+        assert child.expect("ready")
+        return Vram(child, log)
+
+    return begin
+
+
+@pytest.mark.parametrize("place", ["host", "vram"])
+@pytest.mark.parametrize("reason", ["gone", "idle"])
+def test_it_is_given_up_after_its_last_user_and_mapped_again_for_the_next(start, place, reason):
+    process = start(place)
+    begun = process.calls().count(PREPARING[place])
+    assert process.ask("use") == process.ask("use") == "used"
+    until(lambda: process.calls().count(PREPARING[place]) == begun + 1, "it is made fit for use, once")
+    if reason == "gone":
+        process.ask("drop")
+    assert process.ask("read") == "4711"
+    process.ask("release")
+    assert process.ask("read") == "4711"
+    assert GIVING_UP[place] not in process.calls()
+    process.ask("release")
+    if reason == "idle":
+        assert [process.ask(f"idle {seconds}") for seconds in (100, 109, 111)] == ["0", "0", "1"]
+    until(lambda: process.calls().count(GIVING_UP[place]) == 1, "it is given up")
+    assert process.ask("use") == "used"
+    assert process.ask("read") == "4711"
+    until(lambda: process.calls().count(PREPARING[place]) == begun + 2, "it is made fit for use again")
+    assert process.ask("close") == "done"
+    assert process.ask("read") == "4711", "in use still"
+    process.ask("release")
+    assert process.calls().count(GIVING_UP[place]) == 2
+
+
+def test_where_host_memory_cannot_be_pinned_it_is_used_as_it_is(start):
+    process = start("host", fail="cuMemHostRegister")
+    assert process.ask("use") == "used"
+    until(lambda: "cuMemHostRegister" in process.calls(), "it was tried")
+    assert process.ask("read") == "4711"
+    process.ask("release")
+    assert process.ask("close") == "done"
+    assert "cuMemHostUnregister" not in process.calls()
+    assert process.child.running
+    assert "are not pinned (cuMemHostRegister" in process.child.report()
