@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ PREPARING = {"host": "cuMemHostRegister", "vram": "cuMemSetAccess"}
 
 
 @pytest.fixture
-def start(processes: Processes, runtime_dir: Path, tmp_path: Path, stand_in) -> Iterator[Callable[..., Vram]]:
+def start(runtime_dir: Path, processes: Processes, tmp_path: Path, stand_in) -> Callable[..., Vram]:
     """Starts a process that maps a segment in some place, over the stand-in."""
 
     def begin(place: str, **settings: str) -> Vram:

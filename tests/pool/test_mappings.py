@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import secrets
 import threading
 
@@ -229,9 +230,11 @@ def test_a_reader_outlasts_idleness_and_reads_on_after_it(start_server, open_cli
     assert load(client, keys) == 3
 
 
-def test_a_process_with_a_gpu_closes_in_a_thread_that_may_wait(runtime, segment, caplog):
+def test_a_process_with_a_gpu_closes_in_a_thread_that_may_wait_and_does_without_pinned_memory(runtime, segment, caplog):
+    caplog.set_level(logging.WARNING)
     mappings = Mappings(runtime, host=runtime.host_id, device="GPU-of-another-machine")
     uses = [mappings.use(info_of(segment, runtime.host_id)) for _ in range(2)]
+    until(lambda: "are not pinned" in caplog.text, "it was tried")
     mappings.drop((segment.segment_id, 1))
     uses[0].release()
     assert not uses[1].segment.tensor[segment.data_offset :].any()

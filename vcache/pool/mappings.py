@@ -28,6 +28,7 @@ from vcache.protocol import SegmentInfo
 from vcache.transfer_config import TransferConfig
 
 if TYPE_CHECKING:
+    from vcache.memory.pinned import Pinning
     from vcache.remote.segments import RemoteSegment, RemoteSegments
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Use:
 
 
 class _Entry:
-    __slots__ = ("dropped", "idle_since", "is_local", "segment", "unlisted_since", "users")
+    __slots__ = ("dropped", "idle_since", "is_local", "pinning", "segment", "unlisted_since", "users")
 
     def __init__(self, segment: Segment, *, is_local: bool) -> None:
         self.segment = segment
@@ -63,6 +64,13 @@ class _Entry:
         self.dropped = False
         self.idle_since: float | None = None  # as ``unmap_idle`` saw it: using a segment reads no clock
         self.unlisted_since: float | None = None
+        self.pinning: Pinning | None = None
+
+    def close(self) -> None:
+        """Once nobody uses it. Harmless when called twice."""
+        if self.pinning is not None:
+            self.pinning.end()
+        self.segment.close()
 
 
 class Mappings:
@@ -219,7 +227,7 @@ class Mappings:
     def _unmap(self, entry: _Entry) -> None:
         logger.info("unmapping segment %s incarnation %d", entry.segment.segment_id.hex(), entry.segment.incarnation)
         if self._worker is None or self._is_on_host(entry):
-            entry.segment.close()
+            entry.close()
         else:
             self._work.put(entry)  # it waits for the device, which whoever was the last user must not
 
@@ -273,13 +281,27 @@ class Mappings:
             finally:
                 self._done(entry)
         elif is_over:
-            entry.segment.close()
+            entry.close()
 
     def _prepare(self, entry: _Entry) -> None:
         """What a process with a GPU does with a segment once, before its first copies if it is fast enough."""
         memory = entry.segment.memory
         if isinstance(memory, HostMemory):
-            memory.populate()
+            from vcache.memory.pinned import pin
+
+            entry.pinning = pin(memory, device=self._device)
+            if entry.pinning is None:
+                memory.populate()
+        elif self._has_gpu and memory.device != self._device:
+            from vcache.transfer.ways import attach
+
+            attach(
+                memory.tensor,
+                entry.segment.data_offset,
+                reader=self._device,
+                owner=memory.device,
+                setting=self._settings.peer_way,
+            )
 
 
 def _open_memory(runtime: RuntimeDir, info: SegmentInfo, *, reader: str) -> Memory:
