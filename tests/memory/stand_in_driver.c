@@ -95,6 +95,7 @@ int cuStreamDestroy(void *stream) { UNSAFE; return OK; }
 int cuStreamSynchronize(void *stream) { UNSAFE; return OK; }
 int cuMemGetInfo(size_t *free_bytes, size_t *total) { UNSAFE; return *free_bytes = *total = FREE_BYTES, OK; }
 int cuMemsetD8Async(ptr at, unsigned char value, size_t size, void *stream) { UNSAFE; return memset((void *)at, value, size), OK; }
+int cuMemcpyAsync(ptr to, ptr from, size_t size, void *stream) { UNSAFE; return memcpy((void *)to, (void *)from, size), OK; }
 int cuMemcpyHtoDAsync(ptr to, const void *from, size_t size, void *stream) { UNSAFE; return memcpy((void *)to, from, size), OK; }
 int cuMemcpyDtoHAsync(void *to, ptr from, size_t size, void *stream) { UNSAFE; return memcpy(to, (void *)from, size), OK; }
 

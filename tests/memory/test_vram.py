@@ -241,8 +241,30 @@ print("same")
 """
 
 
-def test_words_are_read_wherever_they_lie(environment, runtime_dir):
-    command = [sys.executable, "-c", WORDS, str(runtime_dir)]
+COPIES = """
+import sys, secrets
+from pathlib import Path
+import numpy as np
+from vcache.memory.copying import aside, copy_between
+from vcache.memory.cuda import CudaMemory
+from vcache.memory.host import HostMemory
+from vcache.pool.runtime_dir import RuntimeDir
+runtime, mib = RuntimeDir(Path(sys.argv[1])), 1 << 20
+host, back = (HostMemory.create(runtime, secrets.token_bytes(16), mib) for _ in range(2))
+vram, more = (CudaMemory.create(runtime, secrets.token_bytes(16), mib, device="cuda:0") for _ in range(2))
+host.array[:] = np.random.default_rng(1).integers(0, 256, mib)
+with aside(vram):
+    copy_between(host, 0, vram, 4096, mib - 4096)
+    copy_between(vram, 4096, more, 0, mib - 4096)
+    copy_between(more, 100, back, 5, 70_000)
+assert (back.array[5:70_005] == host.array[100:70_100]).all() and not back.array[70_005:].any()
+print("same" if "torch" not in sys.modules else "torch was loaded")
+"""
+
+
+@pytest.mark.parametrize("program", [WORDS, COPIES], ids=["words", "copies"])
+def test_any_part_of_it_is_read_and_written(environment, runtime_dir, program):
+    command = [sys.executable, "-c", program, str(runtime_dir)]
     child = child_environment(extra=environment)
     done = subprocess.run(
         command, env=child, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=False

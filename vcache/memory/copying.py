@@ -1,4 +1,4 @@
-"""Copies between two memories that this process has mapped, whatever they are made of; host memory to host memory without torch."""
+"""Copies between two memories that this process has mapped, whatever they are made of. Without torch: donors do them, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vcache.memory.base import Memory, is_host
+from vcache.memory.cuda import CudaMemory
+from vcache.memory.cuda_words import copy, torch_uses_gpus
 from vcache.memory.host import HostMemory
 
 if TYPE_CHECKING:
@@ -18,13 +20,17 @@ def copy_between(source: Memory, start: int, target: Memory, to: int, nbytes: in
     """Copies ``nbytes`` from ``start`` of one to ``to`` of the other. Done on return, except between two GPUs' memories."""
     if isinstance(source, HostMemory) and isinstance(target, HostMemory):
         np.copyto(target.array[to : to + nbytes], source.array[start : start + nbytes])  # lets other threads run
-    else:
-        target.tensor[to : to + nbytes].copy_(source.tensor[start : start + nbytes])
+        return
+    on_gpu = [memory for memory in (source, target) if isinstance(memory, CudaMemory)]
+    is_awaited = len(on_gpu) < 2
+    copy(source.address + start, target.address + to, nbytes, ordinal=on_gpu[0].ordinal, is_awaited=is_awaited)
 
 
 def aside(memory: Memory) -> AbstractContextManager[object]:
-    """As ``aside_on``, for what is copied from or to ``memory``."""
-    return nullcontext() if is_host(memory.device) else aside_on(memory.tensor.device)
+    """As ``aside_on``, for what is copied from or to ``memory``. A process in which torch computes nothing needs no other stream."""
+    if is_host(memory.device) or not torch_uses_gpus():
+        return nullcontext()
+    return aside_on(memory.tensor.device)
 
 
 def aside_on(device: torch.device | None) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""Words of VRAM by small copies: what a donor needs of records, without kernels, without torch and without memory for them."""
+"""Words and payloads of VRAM by plain copies: what a donor needs, without kernels, without torch and without memory for them."""
 
 from __future__ import annotations
 
@@ -62,11 +62,25 @@ class CudaWords:
         return found
 
 
+def copy(source: int, target: int, nbytes: int, *, ordinal: int, is_awaited: bool) -> None:
+    """From address to address, on the calling thread's current stream of ``cuda:<ordinal>``; either may be host memory.
+
+    ``is_awaited``: it is done on return. Copies from and to pinned memory are not by themselves.
+    """
+    with on_device(ordinal):
+        stream = current_stream(ordinal)
+        call("cuMemcpyAsync", target, source, nbytes, stream)
+        if is_awaited:
+            call("cuStreamSynchronize", stream)
+
+
 def current_stream(ordinal: int) -> int:
     """The stream that the calling thread has chosen in torch; the default one where nobody has loaded torch to choose another."""
-    # By way of sys.modules, where it may be half imported: another thread is at it.
+    return int(sys.modules["torch.cuda"].current_stream(ordinal).cuda_stream) if torch_uses_gpus() else 0
+
+
+def torch_uses_gpus() -> bool:
+    """Whether this process has loaded torch and used a GPU with it. Loads nothing."""
     torch_cuda: Any = sys.modules.get("torch.cuda")
-    is_initialized = getattr(torch_cuda, "is_initialized", None)
-    if is_initialized is None or not is_initialized():
-        return 0
-    return int(torch_cuda.current_stream(ordinal).cuda_stream)
+    is_initialized = getattr(torch_cuda, "is_initialized", None)  # half imported, while another thread is at it
+    return is_initialized is not None and bool(is_initialized())
