@@ -23,11 +23,18 @@ ALIGNMENTS = [1, 2, 4, 8, 16]
 
 
 def run_kernel(
-    launch: Launch, kv: PagedKV, blocks: np.ndarray, segment: torch.Tensor, offsets: np.ndarray, programs: int
+    launch: Launch,
+    kv: PagedKV,
+    blocks: np.ndarray,
+    segment: torch.Tensor,
+    offsets: np.ndarray,
+    programs: int,
+    wanted: torch.Tensor | None = None,
 ) -> None:
     """What ``cuda.py`` does, without a stream."""
     payloads = offsets + segment.data_ptr()
-    launch(PlaneTable(kv), torch.from_numpy(blocks), torch.from_numpy(payloads), int(np.gcd.reduce(payloads)), programs)
+    alignment = int(np.gcd.reduce(payloads))
+    launch(PlaneTable(kv), torch.from_numpy(blocks), torch.from_numpy(payloads), alignment, programs, wanted)
 
 
 def aligned_bytes(nbytes: int, seed: int) -> torch.Tensor:
@@ -83,6 +90,16 @@ def test_planes_of_different_block_sizes() -> None:
     segment, expected = torch.zeros(8240, dtype=torch.uint8), torch.zeros(8240, dtype=torch.uint8)
     run_kernel(triton_kernels.gather, kv, np.array([[4, 1]]), segment, np.array([0]), programs=2)
     cpu.gather(kv, np.array([[4, 1]]), expected, np.array([0]))
+    assert torch.equal(segment, expected)
+
+
+def test_of_what_is_not_wanted_no_byte_is_written() -> None:
+    planes = aligned_bytes(2 * 6 * 4096, seed=1).view(2, 6, 4096)
+    kv = PagedKV(list(planes.unbind(0)), block_size=1)
+    segment, expected = aligned_bytes(3 * 4 * 4096, seed=2), aligned_bytes(3 * 4 * 4096, seed=2)
+    blocks, offsets = np.array([[3, 0], [1, 2], [5, 4]]), np.array([4, 0, 2]) * 4096 * 2
+    run_kernel(triton_kernels.gather, kv, blocks, segment, offsets, programs=3, wanted=torch.tensor([1, 0, 1]))
+    cpu.gather(kv, blocks[[0, 2]], expected, offsets[[0, 2]])
     assert torch.equal(segment, expected)
 
 

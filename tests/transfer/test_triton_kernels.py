@@ -22,16 +22,27 @@ def test_kernels_agree_with_the_cpu_path_under_the_interpreter() -> None:
     assert child.returncode == 0, child.stdout + child.stderr
 
 
-@pytest.mark.parametrize("kernel", [triton_kernels.gather_kernel, triton_kernels.scatter_kernel])
+@pytest.mark.parametrize(
+    ("kernel", "is_masked"),
+    [
+        (triton_kernels.gather_kernel, False),
+        (triton_kernels.gather_kernel, True),
+        (triton_kernels.scatter_kernel, False),
+    ],
+)
 @pytest.mark.parametrize(("alignment", "access"), [(16, "v2.b64"), (8, "b64"), (4, "b32"), (2, "b16"), (1, "b8")])
 def test_compiled_for_an_h100_the_kernels_access_memory_as_widely_as_the_alignment_allows(
-    kernel: object, alignment: int, access: str
+    kernel: object, is_masked: bool, alignment: int, access: str
 ) -> None:
     """Compiling needs no GPU. Without the hints in the kernel no 16-byte access would be left."""
     word = triton_kernels.WORDS[alignment]
     pointers = dict.fromkeys(["table", "block_ids", "payloads"], "*i64")
     counts = dict.fromkeys(["tiles", "tiles_per_row", "num_planes", "per_chunk"], "i32")
     constants = {"word": word, "alignment": alignment, "tile_words": 16_384 // (word.primitive_bitwidth // 8)}
+    if is_masked:
+        pointers["wanted"] = "*i64"
+    else:
+        constants["wanted"] = None
     source = ASTSource(kernel, {**pointers, **counts, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
     assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {access}

@@ -1,11 +1,10 @@
 """Enqueues the copy kernels on the caller's stream. Nothing here waits for the device.
 
-A call's block ids and payload addresses travel through pinned memory that is used again once the kernel that read them is done.
+A call's block ids and payload addresses travel through a room of ``arguments.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from threading import Lock
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -15,6 +14,7 @@ import torch
 
 from vcache.paged_kv import PagedKV
 from vcache.transfer import triton_kernels
+from vcache.transfer.arguments import rooms_of
 from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
 from vcache.transfer.triton_kernels import PlaneTable
 
@@ -22,10 +22,20 @@ from vcache.transfer.triton_kernels import PlaneTable
 PROGRAMS_PER_MULTIPROCESSOR: Final = 16
 
 
-def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array) -> None:
-    """Enqueue the copy of blocks into payloads on the current stream of the planes' device. See ``vcache.transfer.gather``."""
+def gather(
+    kv: PagedKV,
+    block_ids: Int64Array,
+    segment: torch.Tensor,
+    offsets: Int64Array,
+    *,
+    wanted: torch.Tensor | None = None,
+) -> None:
+    """Enqueue the copy of blocks into payloads on the current stream of the planes' device. See ``vcache.transfer.gather``.
+
+    ``wanted``: int64 ``[chunks]`` on that device, 0 for the chunks of which nothing is to be written; read when the copy runs.
+    """
     copy = check_gather(kv, block_ids, segment, offsets)
-    _enqueue(triton_kernels.gather, kv, copy, segment)
+    _enqueue(triton_kernels.gather, kv, copy, segment, wanted)
 
 
 def scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array) -> None:
@@ -34,41 +44,13 @@ def scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: 
     _enqueue(triton_kernels.scatter, kv, copy, segment)
 
 
-@dataclass(slots=True)
-class _Arguments:
-    """Room for one call's ids and addresses, in pinned memory and on the device; free when ``done`` has happened."""
-
-    pinned: torch.Tensor
-    on_device: torch.Tensor
-    done: torch.cuda.Event
-
-
 class _Launcher:
-    """What is made once for a ``PagedKV``: its plane table, the number of programs, and the room for arguments."""
+    """What is made once for a ``PagedKV``: its plane table and the number of programs."""
 
     def __init__(self, kv: PagedKV) -> None:
         self.table = PlaneTable(kv)
         properties = torch.cuda.get_device_properties(kv.device)
         self.programs: int = properties.multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
-        self._rooms: list[_Arguments] = []
-        self._lock = Lock()
-
-    def take_room(self, count: int, device: torch.device) -> _Arguments:
-        """Room for ``count`` words that no queued kernel still reads. Give it back once ``done`` has been recorded."""
-        with self._lock:
-            for index, room in enumerate(self._rooms):
-                if len(room.pinned) >= count and room.done.query():  # type: ignore[no-untyped-call]
-                    return self._rooms.pop(index)
-        words = 1 << max(10, (count - 1).bit_length())
-        return _Arguments(
-            torch.empty(words, dtype=torch.int64, pin_memory=True),
-            torch.empty(words, dtype=torch.int64, device=device),
-            torch.cuda.Event(),  # type: ignore[no-untyped-call]
-        )
-
-    def give_back(self, room: _Arguments) -> None:
-        with self._lock:
-            self._rooms.append(room)
 
 
 _launchers: WeakKeyDictionary[PagedKV, _Launcher] = WeakKeyDictionary()
@@ -83,25 +65,33 @@ def _launcher(kv: PagedKV) -> _Launcher:
         return launcher
 
 
-def _enqueue(launch: triton_kernels.Launch, kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor) -> None:
+def _enqueue(
+    launch: triton_kernels.Launch,
+    kv: PagedKV,
+    copy: CheckedCopy,
+    segment: torch.Tensor,
+    wanted: torch.Tensor | None = None,
+) -> None:
     check_one_kind(kv, segment)
     if copy.nbytes == 0:
         return
     ids, payloads = copy.block_ids, copy.offsets + segment.data_ptr()
+    count = ids.size + payloads.size
     # The planes' device, not the segment's: torch labels memory opened over IPC with its exporter's.
     with torch.cuda.device(kv.device):
-        launcher = _launcher(kv)
-        room = launcher.take_room(ids.size + payloads.size, kv.device)
-        words = np.concatenate((ids.ravel(), payloads))
-        room.pinned[: len(words)].copy_(torch.from_numpy(words))
-        arguments = room.on_device[: len(words)]
-        arguments.copy_(room.pinned[: len(words)], non_blocking=True)
+        launcher, rooms = _launcher(kv), rooms_of(kv.device)
+        room = rooms.take(count)
+        room.words[: ids.size] = ids.ravel()
+        room.words[ids.size : count] = payloads
+        arguments = room.on_device[:count]  # read by every program: not over the bus each time
+        arguments.copy_(room.pinned[:count], non_blocking=True)
         launch(
             launcher.table,
             arguments[: ids.size].view(ids.shape),
             arguments[ids.size :],
             int(np.gcd.reduce(payloads)),
             launcher.programs,
+            wanted,
         )
         room.done.record()
-    launcher.give_back(room)
+    rooms.give_back(room)

@@ -28,9 +28,9 @@ WORDS = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 @triton.jit
 def _row_of_tile(  # type: ignore[no-untyped-def]
-    tile, tiles_per_row, table, block_ids, payloads, num_planes, per_chunk
+    tile, tiles_per_row, table, block_ids, payloads, wanted, num_planes, per_chunk
 ):
-    """Where a tile's row lies: its address in the plane and in the payload, and its length in bytes."""
+    """Where a tile's row lies: its address in the plane and in the payload, and its length in bytes; 0 if it is not wanted."""
     row = tile // tiles_per_row
     position = row % per_chunk
     plane = row // per_chunk % num_planes
@@ -40,6 +40,8 @@ def _row_of_tile(  # type: ignore[no-untyped-def]
     block = tl.load(block_ids + chunk * per_chunk + position)
     in_plane = tl.load(entry) + block * tl.load(entry + 1)
     in_payload = tl.load(payloads + chunk) + tl.load(entry + 3) * per_chunk + position * nbytes
+    if wanted is not None:
+        nbytes *= tl.load(wanted + chunk)
     return in_plane, in_payload, nbytes
 
 
@@ -66,6 +68,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     table,
     block_ids,
     payloads,
+    wanted,
     tiles,
     tiles_per_row,
     num_planes,
@@ -77,7 +80,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     """Blocks to payloads; see ``_launch`` for the arguments."""
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         in_plane, in_payload, nbytes = _row_of_tile(
-            tile, tiles_per_row, table, block_ids, payloads, num_planes, per_chunk
+            tile, tiles_per_row, table, block_ids, payloads, wanted, num_planes, per_chunk
         )
         _copy_tile(in_plane, in_payload, nbytes, tile % tiles_per_row, word, alignment, tile_words)
 
@@ -87,6 +90,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     table,
     block_ids,
     payloads,
+    wanted,
     tiles,
     tiles_per_row,
     num_planes,
@@ -98,7 +102,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     """Payloads to blocks; see ``_launch`` for the arguments."""
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         in_plane, in_payload, nbytes = _row_of_tile(
-            tile, tiles_per_row, table, block_ids, payloads, num_planes, per_chunk
+            tile, tiles_per_row, table, block_ids, payloads, wanted, num_planes, per_chunk
         )
         _copy_tile(in_payload, in_plane, nbytes, tile % tiles_per_row, word, alignment, tile_words)
 
@@ -120,22 +124,37 @@ class PlaneTable:
 
 
 #: ``gather`` or ``scatter``.
-Launch = Callable[["PlaneTable", torch.Tensor, torch.Tensor, int, int], None]
+Launch = Callable[["PlaneTable", torch.Tensor, torch.Tensor, int, int, torch.Tensor | None], None]
 
 
-def gather(table: PlaneTable, block_ids: torch.Tensor, payloads: torch.Tensor, alignment: int, programs: int) -> None:
+def gather(
+    table: PlaneTable,
+    block_ids: torch.Tensor,
+    payloads: torch.Tensor,
+    alignment: int,
+    programs: int,
+    wanted: torch.Tensor | None = None,
+) -> None:
     """Enqueue the copy of blocks into payloads on the current stream.
 
     ``block_ids`` is int64 ``[chunks, blocks_per_chunk]`` and ``payloads`` int64 ``[chunks]``, the addresses, both on the
     table's device, where they must stay until the kernel is done; ``alignment`` divides every payload address. Nothing is
-    checked here. At most ``programs`` programs run, each with many tiles.
+    checked here. At most ``programs`` programs run, each with many tiles. ``wanted``, int64 ``[chunks]`` on the device, is 1 for
+    the chunks to copy and 0 for those whose memory is not to be touched, by the time the kernel runs; default: all.
     """
-    _launch(gather_kernel, table, block_ids, payloads, alignment, programs)
+    _launch(gather_kernel, table, block_ids, payloads, alignment, programs, wanted)
 
 
-def scatter(table: PlaneTable, block_ids: torch.Tensor, payloads: torch.Tensor, alignment: int, programs: int) -> None:
+def scatter(
+    table: PlaneTable,
+    block_ids: torch.Tensor,
+    payloads: torch.Tensor,
+    alignment: int,
+    programs: int,
+    wanted: torch.Tensor | None = None,
+) -> None:
     """Enqueue the copy of payloads into blocks on the current stream; arguments as for ``gather``."""
-    _launch(scatter_kernel, table, block_ids, payloads, alignment, programs)
+    _launch(scatter_kernel, table, block_ids, payloads, alignment, programs, wanted)
 
 
 def word_and_alignment(table: PlaneTable, payload_alignment: int) -> tuple[tl.dtype, int]:
@@ -145,7 +164,13 @@ def word_and_alignment(table: PlaneTable, payload_alignment: int) -> tuple[tl.dt
 
 
 def _launch(
-    kernel: Any, table: PlaneTable, block_ids: torch.Tensor, payloads: torch.Tensor, alignment: int, programs: int
+    kernel: Any,
+    table: PlaneTable,
+    block_ids: torch.Tensor,
+    payloads: torch.Tensor,
+    alignment: int,
+    programs: int,
+    wanted: torch.Tensor | None,
 ) -> None:
     """Cut the rows into tiles and share them out among the programs."""
     num_planes = len(table.rows)
@@ -158,6 +183,7 @@ def _launch(
         table.rows,
         block_ids,
         payloads,
+        wanted,
         tiles,
         tiles_per_row,
         num_planes,
