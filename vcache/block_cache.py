@@ -361,6 +361,7 @@ class BlockCache:
                 tenant=tenant,
                 pin_s=pin_s,
                 layout=kv.payload_layout,
+                device=kv.device,
             )
             writes.append(write)
             self._count_outcomes(write)

@@ -15,8 +15,8 @@ from functools import partial
 from tests.pool.payloads import NBYTES, payload, poke
 from vcache.config import VCacheConfig
 from vcache.keys import ChunkKey
+from vcache.memory.host import HostWords
 from vcache.pool.client import PoolClient
-from vcache.pool.segment import Segment
 from vcache.pool.writing import PendingWrite, begin_write
 
 #: In order: between any two of these a writer can die or be suspended.
@@ -41,8 +41,11 @@ def main(stops: dict[str, str], keys: list[ChunkKey]) -> None:
         os.kill(os.getpid(), signal.Signals[stops[step]])
 
     for step in stops:
-        if step in ("mark_first", "commit_first"):
-            stop_after(Segment, step.removesuffix("_first"), partial(stop, step))
+        # A record's generation is the only word that is stored by itself.
+        if step == "mark_first":
+            stop_after(HostWords, "store", partial(stop, step))
+        elif step == "commit_first":
+            stop_after(PendingWrite, "copy_with", lambda: stop_after(HostWords, "store", partial(stop, "commit_first")))
         elif step != "copy_half":
             stop_after(PendingWrite, step, partial(stop, step))
     client = PoolClient(VCacheConfig(), device="cpu:0", writes=True, name="stopping writer")

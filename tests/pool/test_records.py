@@ -108,10 +108,10 @@ def test_a_scan_gives_back_what_was_packed(key, parent, tenant, rank, ranks, tok
         generations=np.array([generation], dtype=np.uint64),
     )[0]
     found = directory(3)
-    assert found.mark(1, packed)
+    assert found.mark([1], packed[None]) == [True]
     [item] = found.scan()
     assert item.generation == generation - 1
-    assert found.commit(1, generation)
+    assert found.commit([1], [generation]) == [True]
     [item] = found.scan()
     assert (item.record, item.generation, item.key, item.parent) == (
         1, generation, key, b"" if parent == bytes(16) else parent,
@@ -135,7 +135,7 @@ class Records(RuleBasedStateMachine):
     def mark(self, record, key):
         generation, self.next = self.next, self.next + 2
         was_free = record not in self.held
-        assert self.directory.mark(record, row(generation, key)) == was_free
+        assert self.directory.mark([record], row(generation, key)[None]) == [was_free]
         if was_free:
             self.held[record] = (generation - 1, key)
 
@@ -144,7 +144,7 @@ class Records(RuleBasedStateMachine):
         held = self.held.get(record, (self.next - 1, b""))[0]
         generation = even(held) + (2 if stale else 0)
         may = not stale and held & 1 == 1 and record in self.held
-        assert self.directory.commit(record, generation) == may
+        assert self.directory.commit([record], [generation]) == [may]
         if may:
             self.held[record] = (generation, self.held[record][1])
 
@@ -190,8 +190,8 @@ def test_a_record_that_never_settles_is_handed_over_as_a_writers_with_nothing_in
     found = directory(2)
     broken = row(10, secrets.token_bytes(16))
     broken[5] += 4096
-    assert found.mark(0, broken)
-    assert found.commit(0, 10)
+    assert found.mark([0], broken[None]) == [True]
+    assert found.commit([0], [10]) == [True]
     [item] = found.scan()
     assert (item.record, item.generation, item.offset, item.nbytes) == (0, 9, 0, 0)
     assert found.retire(0, item.generation)
@@ -214,9 +214,9 @@ print("writing", flush=True)
 for turn in range(int(sys.argv[5])):
     for generation, packed in rows.items():
         record = generation // 2 % 2
-        assert segment.mark(record, packed)
+        assert segment.mark([record], packed[None]) == [True]
         segment.fence()
-        assert segment.commit(record, generation)
+        assert segment.commit([record], [generation]) == [True]
         assert segment.retire(record, generation)
 print("done", flush=True)
 sys.stdin.read()
@@ -269,8 +269,8 @@ def test_another_process_never_sees_a_torn_record(runtime_dir, processes):
 def test_keys_are_told_apart_in_both_halves():
     found = directory(1)
     [key] = new_keys(1)
-    assert found.mark(0, row(2, key))
-    assert found.commit(0, 2)
+    assert found.mark([0], row(2, key)[None]) == [True]
+    assert found.commit([0], [2]) == [True]
     for wrong in (key[:8] + bytes(8), bytes(8) + key[8:]):
         assert not found.matches(np.array([0]), np.array([2], dtype=np.uint64), key_words(wrong))[0]
     assert found.matches(np.array([0]), np.array([2], dtype=np.uint64), key_words(key))[0]

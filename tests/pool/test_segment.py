@@ -37,9 +37,9 @@ def memory(device, runtime):
 
 
 def put(segment: Segment, record: int, generation: int, key: bytes, *, offset: int, nbytes: int = 4096) -> None:
-    assert segment.mark(record, row(generation, key, offset=offset, nbytes=nbytes))
+    assert segment.mark([record], row(generation, key, offset=offset, nbytes=nbytes)[None]) == [True]
     segment.fence()
-    assert segment.commit(record, generation)
+    assert segment.commit([record], [generation]) == [True]
 
 
 def holds(segment: Segment, record: int, generation: int, key: bytes) -> bool:
@@ -102,7 +102,7 @@ def test_a_new_incarnation_keeps_nothing_but_the_records_that_writers_are_at(mem
     segment = Segment.create(memory, ID)
     committed, written = new_keys(2)
     put(segment, 0, 2, committed, offset=segment.data_offset)
-    assert segment.mark(1, row(4, written, offset=segment.data_offset + 4096))
+    assert segment.mark([1], row(4, written, offset=segment.data_offset + 4096)[None]) == [True]
     segment.begin_incarnation()
     [item] = segment.scan()
     assert (item.record, item.generation, item.key) == (1, 3, written)

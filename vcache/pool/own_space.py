@@ -123,13 +123,14 @@ class OwnSpace:
         committed: list[int] = []
         rows = self._rows(filled, keys, parent)
         segment = self._donor.segment
-        for at, outcome in enumerate(outcomes):
-            if outcome is Outcome.GRANTED:
-                extent = filled[at].extent
-                if segment.mark(extent.record, rows[at]) and segment.commit(extent.record, extent.generation):
-                    committed.append(extent.generation)
-                else:
-                    outcomes[at] = Outcome.DECLINED
+        granted = [at for at, outcome in enumerate(outcomes) if outcome is Outcome.GRANTED]
+        records = [filled[at].extent.record for at in granted]
+        segment.mark(records, rows[granted])  # one that is not free cannot be committed either
+        for at, is_committed in zip(granted, segment.commit(records, [generations[at] for at in granted]), strict=True):
+            if is_committed:
+                committed.append(generations[at])
+            else:
+                outcomes[at] = Outcome.DECLINED
         self._client.commit(committed)
         return outcomes
 

@@ -2,12 +2,14 @@
 
 A lease makes it likely that nobody overwrites a payload meanwhile; the validation after the copy is what makes it safe. Of a
 segment of another host payload and record are read, in this order, into memory of this process, and validated there.
+
+Behind a copy that a kernel makes, kernels validate (``enqueued_records.py``): until ``complete`` nobody waits for the device.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from vcache.paged_kv import PagedKV
+    from vcache.pool.enqueued_records import EnqueuedRead
     from vcache.remote.segments import RemoteSegment
 
 logger = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ def begin_read(client: PoolClient, keys: Sequence[ChunkKey], rank: int) -> Pendi
 class _Part(NamedTuple):
     """What of a run lies in one segment of this host: indices of its chunks, and their placements' columns."""
 
+    number: int
     segment: Segment
     chunks: Int64Array
     records: Int64Array
@@ -114,11 +118,13 @@ class PendingRead:
         self._keys = keys
         self._lease = lease
         self._uses = uses
-        self._parts = self._parted()
         self._remote = remote
+        self._parts = self._parted()
         #: Of each chunk: its payload was copied; and, of another host's, the record read after it is the right one.
         self._copied = np.zeros(len(placements), dtype=np.bool_)
         self._held = np.zeros(len(placements), dtype=np.bool_)
+        #: Parts that were copied by kernels, as they were then.
+        self._enqueued: list[tuple[_Part, EnqueuedRead]] = []
         self._valid: int | None = None
 
     @property
@@ -135,39 +141,56 @@ class PendingRead:
 
         Of other hosts' payloads the layout is known only once they are read: ``copy_with`` is to be told it, too.
         """
-        fits = self.placements["nbytes"] == nbytes
-        for part in self._parts:  # what other hosts' records say comes with the payload
-            fits[part.chunks] &= part.segment.layouts(part.records) == layout
-        self._end_before_misfit(fits)
+        self._cut(nbytes, layout)
         return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
         """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; within VRAM, enqueues it on the current stream.
 
         A payload of another size than these blocks, or gathered from planes of another form, ends the run before it: two
-        processes that describe their models alike may hold KV in different ways. Raises ``ValueError`` for bad block ids.
+        processes that describe their models alike may hold KV in different ways. Within VRAM the form is seen behind the copy, so
+        that ``complete`` ends the run there. Raises ``ValueError`` for bad block ids.
         """
         from vcache.transfer import scatter  # loads torch
 
-        self.cut(kv.payload_bytes(block_ids.shape[1]), kv.payload_layout)
-        threads = self._client.config.transfer.threads
-        self.copy_with(
-            lambda source, chunks, offsets: scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads),
-            layout=kv.payload_layout,
-        )
+        def copy_out(source: Source, chunks: Int64Array, offsets: Int64Array) -> None:
+            scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
+
+        layout, threads = kv.payload_layout, self._client.config.transfer.threads
+        by_kernel: set[int] = set()
+        if kv.device.type == "cuda":
+            by_kernel = {part.number for part in self._parts if part.segment.tensor.device == kv.device}
+        self._cut(kv.payload_bytes(block_ids.shape[1]), layout, besides=by_kernel)
+        for part in self._parts:
+            if part.number in by_kernel:
+                self._enqueue(part, copy_out, layout, kv.device)
+            else:
+                self._copy(part, copy_out)
+        self._copy_from_elsewhere(copy_out, layout=layout)
 
     def copy_with(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
         """Copies by a function of the caller, called once per segment, or several times for one of another host.
 
         Payloads of other hosts are in host memory, valid until the function returns. ``layout``: of the payloads wanted.
         """
-        self._copy_here(copy_out)
+        for part in self._parts:
+            self._copy(part, copy_out)
         self._copy_from_elsewhere(copy_out, layout=layout)
 
-    def _copy_here(self, copy_out: CopyOut) -> None:
-        for part in self._parts:
-            copy_out(part.segment, part.chunks, part.offsets)
-            self._copied[part.chunks] = True
+    def _copy(self, part: _Part, copy_out: CopyOut) -> None:
+        copy_out(part.segment, part.chunks, part.offsets)
+        self._copied[part.chunks] = True
+
+    def _enqueue(self, part: _Part, copy_out: CopyOut, layout: int, device: torch.device) -> None:
+        from vcache.pool.enqueued_records import EnqueuedRead  # needs triton
+
+        keys = key_words(b"".join(self._keys))[part.chunks]
+        read = EnqueuedRead(part.segment, part.records, part.generations, keys, layout=layout, device=device)
+        self._enqueued.append((part, read))
+        try:
+            self._copy(part, copy_out)
+        finally:
+            read.copied()
 
     def _copy_from_elsewhere(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
         """Reads what lies on other hosts, and copies those payloads whose record says that they are what was asked for.
@@ -199,6 +222,14 @@ class PendingRead:
         lost = np.isin(self.placements["segment"], list(self._remote)) & ~self._copied[: self.hits]
         self._client.count("remote_lost_hits", int(lost.sum()))
 
+    def _cut(self, nbytes: int, layout: int, *, besides: Collection[int] = ()) -> None:
+        """``besides``: segments whose layouts are not looked at yet."""
+        fits = self.placements["nbytes"] == nbytes
+        for part in self._parts:  # what other hosts' records say comes with the payload
+            if part.number not in besides:
+                fits[part.chunks] &= part.segment.layouts(part.records) == layout
+        self._end_before_misfit(fits)
+
     def _end_before_misfit(self, fits: npt.NDArray[np.bool_]) -> None:
         if not fits.all():
             fitting = int(np.argmin(fits))
@@ -215,8 +246,9 @@ class PendingRead:
             self._valid = 0
             invalid: list[int] = []
             try:
+                valid = self._validated()
                 copied = self._copied[: self.hits]
-                valid = self._validated() & copied
+                valid &= copied
                 if valid.all():
                     self._valid = self.hits
                 else:
@@ -227,23 +259,42 @@ class PendingRead:
         return self._valid
 
     def _parted(self) -> list[_Part]:
+        is_one = len(self._uses) == 1 and not self._remote
         parts = []
         for number, use in self._uses:
-            chunks = np.flatnonzero(self.placements["segment"] == number)
+            chunks = np.arange(self.hits) if is_one else np.flatnonzero(self.placements["segment"] == number)
             if chunks.size:
-                rows = self.placements[chunks]
+                rows = self.placements if is_one else self.placements[chunks]
                 records, offsets = rows["record"].astype(np.int64), rows["offset"].astype(np.int64)
-                parts.append(_Part(use.segment, chunks, records, rows["generation"], offsets))
+                parts.append(_Part(number, use.segment, chunks, records, rows["generation"], offsets))
         return parts
 
     def _validated(self) -> npt.NDArray[np.bool_]:
+        """Which chunks of the run were there behind their copies. It ends before those that turn out to be of another layout."""
+        if self._enqueued:
+            self._hear_verdicts()
+        by_kernel = {part.number for part, _ in self._enqueued}
         valid = self._held[: self.hits].copy()
         keys = key_words(b"".join(self._keys[: self.hits]))
         for part in self._parts:
-            valid[part.chunks] = part.segment.matches(part.records, part.generations, keys[part.chunks])
+            if part.number not in by_kernel:
+                valid[part.chunks] = part.segment.matches(part.records, part.generations, keys[part.chunks])
         return valid
 
+    def _hear_verdicts(self) -> None:
+        """Has kernels look at the records behind the copies, and waits for what they say."""
+        fits = np.ones(len(self._held), dtype=np.bool_)
+        for _, read in self._enqueued:
+            read.validate()
+        for part, read in self._enqueued:
+            held, is_of_layout = read.outcome()
+            self._held[part.chunks] = held
+            fits[part.chunks] = ~held | is_of_layout
+        self._end_before_misfit(fits[: self.hits])
+
     def _end(self, invalid: list[int]) -> None:
+        for _, read in self._enqueued:
+            read.end()
         for _, use in self._uses:
             use.release()
         self._client.release(self._lease, invalid)

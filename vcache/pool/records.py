@@ -7,7 +7,7 @@ repeat, so one equal word *after* a copy proves that the bytes copied belong to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -132,28 +132,37 @@ class Directory:
         self._first = first_word
         self.count = count
 
-    def mark(self, record: int, row: WordArray) -> bool:
-        """Says in memory that a writer is at work on the record: ``row`` as ``pack`` made it, then its odd generation.
+    def mark(self, records: Sequence[int], rows: WordArray) -> list[bool]:
+        """Says in memory that a writer is at the records: each row of ``rows`` as ``pack`` made it, then its odd
+        generation.
 
-        False, and nothing changed, when the record is not free: then something is wrong with the grant.
+        False, and nothing changed, for one that is not free: then something is wrong with the grant.
         """
-        base = self._word(record)
-        if self._words.load(base + GENERATION):
-            return False
-        self._words.store_run(base, row[:GENERATION])
-        self._words.store(base + GENERATION, int(row[GENERATION]) - 1)
-        return True
+        words = self._words
+        marked = []
+        for record, row in zip(records, rows, strict=True):
+            base = self._word(record)
+            is_free = not words.load(base + GENERATION)
+            if is_free:
+                words.store_run(base, row[:GENERATION])
+                words.store(base + GENERATION, int(row[GENERATION]) - 1)
+            marked.append(is_free)
+        return marked
 
-    def commit(self, record: int, generation: int) -> bool:
-        """Turns the record valid, in one store. The caller has fenced its payload (``Words.fence``) before.
+    def commit(self, records: Sequence[int], generations: Sequence[int]) -> list[bool]:
+        """Turns the records valid, each in one store. The caller has fenced their payloads (``Words.fence``) before.
 
-        False, and nothing changed, when the record is no longer this writer's.
+        False, and nothing changed, for one that is no longer this writer's.
         """
-        word = self._word(record) + GENERATION
-        if self._words.load(word) != generation - 1:
-            return False
-        self._words.store(word, generation)
-        return True
+        words = self._words
+        committed = []
+        for record, generation in zip(records, generations, strict=True):
+            word = self._word(record) + GENERATION
+            is_ours = words.load(word) == generation - 1
+            if is_ours:
+                words.store(word, generation)
+            committed.append(is_ours)
+        return committed
 
     def retire(self, record: int, generation: int) -> bool:
         """Frees the record if it still holds this generation, in either form; whether it did."""
@@ -183,6 +192,10 @@ class Directory:
 
         True means that every byte copied before the call was of that entry.
         """
+        if len(records) == 1:  # a tenth of the time, on a host
+            row = self._words.load_run(self._first + int(records[0]) * RECORD_WORDS, RECORD_WORDS).tolist()
+            is_valid = [row[GENERATION], row[KEY], row[KEY + 1]] == [int(generations[0]), *keys[0].tolist()]
+            return np.array([is_valid])
         base = self._first + records * RECORD_WORDS
         held = self._words.load_each(base[:, None] + np.array([KEY, KEY + 1, GENERATION]))
         valid: npt.NDArray[np.bool_] = (held[:, 2] == generations) & (held[:, :2] == keys).all(axis=1)
@@ -190,6 +203,8 @@ class Directory:
 
     def layouts(self, records: IndexArray) -> WordArray:
         """The layout word of each record: that of an entry which ``matches`` proves to have been there all the while."""
+        if len(records) == 1:
+            return np.array([self._words.load(self._word(int(records[0])) + LAYOUT)], dtype=np.uint64)
         return self._words.load_each(self._first + records * RECORD_WORDS + LAYOUT)
 
     def rows(self, start: int, count: int) -> tuple[WordArray, npt.NDArray[np.bool_]]:

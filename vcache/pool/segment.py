@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vcache.errors import CapacityError, CorruptionError
-from vcache.memory.base import IndexArray, Memory, WordArray
+from vcache.memory.base import IndexArray, Memory, WordArray, is_host
 from vcache.pool.records import GENERATION, NBYTES, OFFSET, RECORD_BYTES, Directory, folded
 from vcache.protocol import RecordInfo
 
@@ -56,6 +56,7 @@ class Segment:
         self.segment_id = segment_id
         self.incarnation = incarnation
         self.data_offset = data_offset
+        self.is_on_host = is_host(memory.device)
         self.directory = Directory(memory.words, first_word=_DIRECTORY_WORD, count=records)
 
     @classmethod
@@ -117,15 +118,20 @@ class Segment:
         """Retires every committed record; how many. Only the donor, while the server grants nothing here."""
         return self.directory.retire_committed()
 
-    def mark(self, record: int, row: WordArray) -> bool:
-        return self.directory.mark(record, row)
+    @property
+    def directory_address(self) -> int:
+        """Where record 0 begins; valid as ``Memory.address`` is."""
+        return self.memory.address + DIRECTORY_OFFSET
+
+    def mark(self, records: Sequence[int], rows: WordArray) -> list[bool]:
+        return self.directory.mark(records, rows)
 
     def fence(self) -> None:
         """Between a payload and its commit."""
         self.memory.words.fence()
 
-    def commit(self, record: int, generation: int) -> bool:
-        return self.directory.commit(record, generation)
+    def commit(self, records: Sequence[int], generations: Sequence[int]) -> list[bool]:
+        return self.directory.commit(records, generations)
 
     def retire(self, record: int, generation: int) -> bool:
         return self.directory.retire(record, generation)

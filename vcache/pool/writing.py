@@ -2,6 +2,9 @@
 
 Each step is a method of its own, so that tests can stop a writer between any two. Whatever happens, a writer touches only the
 records and extents it was granted, and gives them back only once it touches them no more.
+
+What a kernel copies is marked and committed by kernels too, in the order of the copy's stream (``enqueued_records.py``): until
+``complete`` nobody waits for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +28,10 @@ from vcache.pool.segment import Segment
 from vcache.protocol import KEY_BYTES, Outcome, Tier
 
 if TYPE_CHECKING:
+    import torch
+
     from vcache.paged_kv import PagedKV
+    from vcache.pool.enqueued_records import EnqueuedWrite
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ def begin_write(
     into: int = 0,
     into_tier: Tier | None = None,
     chained: bool = True,
+    device: torch.device | None = None,
 ) -> PendingWrite:
     """Reserves space for those of ``keys`` that the pool has not, and marks their records. One round trip.
 
@@ -57,11 +64,12 @@ def begin_write(
     ``protocol.Reserve``. Check the source's records after the copy, and ``drop`` what was not valid, before ``complete``.
 
     ``parent``: the key before the first (empty: none), or before each if they are not ``chained``; ``nbytes``: of each payload; ``tokens``: of each chunk; ``layout``:
-    ``PagedKV.payload_layout`` of the planes, without which ``PendingRead.copy_to`` takes no payload. Never raises because
-    something is unavailable: nothing is granted then. The answer must be completed or aborted.
+    ``PagedKV.payload_layout`` of the planes, without which ``PendingRead.copy_to`` takes no payload; ``device``: of these planes, if
+    ``copy_from`` will copy them. Never raises because something is unavailable: nothing is granted then. The answer must be
+    completed or aborted.
     """
     run = RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout)
-    write = PendingWrite(client, keys, parent, run, nbytes, chained=chained)
+    write = PendingWrite(client, keys, parent, run, nbytes, chained=chained, device=device)
     if keys:
         write.reserve(pin_s, into=into, into_tier=into_tier)
         try:
@@ -70,6 +78,17 @@ def begin_write(
             write.abort()
             raise
     return write
+
+
+class _Part(NamedTuple):
+    """What of a write lies in one segment: indices in ``granted``, and their placements' columns."""
+
+    number: int
+    segment: Segment
+    chunks: Int64Array
+    records: Int64Array
+    generations: WordArray
+    offsets: Int64Array
 
 
 class PendingWrite:
@@ -88,6 +107,7 @@ class PendingWrite:
         nbytes: int,
         *,
         chained: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self.granted: Int64Array = np.empty(0, dtype=np.int64)
@@ -99,7 +119,11 @@ class PendingWrite:
         self._parent = parent
         self._chained = chained
         self._run = run
+        self._device = device if device is not None and device.type == "cuda" else None
         self._uses: dict[int, Use] = {}
+        self._parts: list[_Part] = []
+        #: By number, the segments whose records kernels mark and commit; None: not yet.
+        self._enqueued: dict[int, EnqueuedWrite | None] = {}
         self._copied = False
         self._committed: list[int] = []
         self._stored: int | None = None
@@ -132,13 +156,20 @@ class PendingWrite:
             self._map(granted)
 
     def mark(self) -> None:
-        """Says in memory that a writer is at each record; gives back those that are not free."""
+        """Says in memory that a writer is at each record; gives back those that are not free.
+
+        Where a kernel is to copy, ``copy_from`` does that, and ``complete`` gives back.
+        """
+        if self._device is not None:
+            self._enqueued = {part.number: None for part in self._parts if part.segment.tensor.device == self._device}
         rows = self._rows()
-        refused = [
-            not self._uses[number].segment.mark(record, row)
-            for (number, record, *_), row in zip(self.placements.tolist(), rows, strict=True)
-        ]
-        self._give_back(refused, "refused_marks")
+        refused: list[int] = []
+        for part in self._parts:
+            if part.number not in self._enqueued:
+                marked = part.segment.mark(part.records.tolist(), rows[part.chunks])
+                if not all(marked):
+                    refused += part.chunks[~np.array(marked)].tolist()
+        self._give_back(refused_marks=refused)
 
     def copy_from(self, kv: PagedKV, block_ids: Int64Array) -> None:
         """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; within VRAM, enqueues it on the current stream.
@@ -152,17 +183,23 @@ class PendingWrite:
             raise ValueError(f"block_ids: chunks of {payload_bytes} bytes, {self.nbytes} were reserved for each")
         if kv.payload_layout != self._run.layout:
             raise ValueError("kv: its payload_layout is not the layout that the records were marked with")
+        if self._enqueued and kv.device != self._device:
+            raise ValueError(f"kv: on {kv.device}, the write was begun for planes on {self._device}")
         threads = self._client.config.transfer.threads
-        self.copy_with(
-            lambda segment, chunks, offsets: gather(kv, block_ids[chunks], segment.tensor, offsets, threads=threads)
-        )
+        for part in self._parts:
+            blocks = block_ids[part.chunks]
+            if part.number in self._enqueued:
+                self._enqueue(part, kv, blocks)
+            else:
+                gather(kv, blocks, part.segment.tensor, part.offsets, threads=threads)
+        self._copied = True
 
     def copy_with(self, copy_in: CopyIn) -> None:
-        """Copies by a function of the caller, called once per segment."""
-        for number, use in self._uses.items():
-            chunks = np.flatnonzero(self.placements["segment"] == number)
-            if chunks.size:
-                copy_in(use.segment, chunks, self.placements["offset"][chunks].astype(np.int64))
+        """Copies by a function of the caller, called once per segment. Not for a write that was begun for planes on a GPU."""
+        if self._enqueued:
+            raise ValueError("copy_with: of a write that was begun with device, copy_from copies")
+        for part in self._parts:
+            copy_in(part.segment, part.chunks, part.offsets)
         self._copied = True
 
     def drop(self, which: npt.NDArray[np.bool_]) -> None:
@@ -170,20 +207,32 @@ class PendingWrite:
 
         No copy into them may be running any more. They leave ``granted`` and ``placements``.
         """
-        self._give_back(which.tolist(), "lost_sources")
+        self._give_back(lost_sources=np.flatnonzero(which).tolist())
 
     def commit_records(self) -> None:
         """Makes each payload valid, in memory."""
-        for use in self._uses.values():
-            use.segment.fence()
-        lost = []
-        for number, record, generation, *_ in self.placements.tolist():
-            is_committed = self._uses[number].segment.commit(record, generation)
-            if is_committed:
-                self._committed.append(generation)
-            lost.append(not is_committed)
+        for write in self._enqueued.values():
+            if write is not None:
+                write.commit()
+        refused: list[int] = []
+        lost: list[int] = []
+        for part in self._parts:
+            write = self._enqueued.get(part.number)
+            if write is None:
+                part.segment.fence()
+                committed = part.segment.commit(part.records.tolist(), part.generations.tolist())
+            else:
+                is_refused, is_ours = write.outcome()
+                refused += part.chunks[is_refused].tolist()
+                committed = is_ours.tolist()
+            if all(committed):
+                self._committed += part.generations.tolist()
+            else:
+                is_committed = np.array(committed)
+                self._committed += part.generations[is_committed].tolist()
+                lost += part.chunks[~is_committed].tolist()
         self._client.session.committed(self._committed)
-        self._give_back(lost, "lost_writes")
+        self._give_back(refused_marks=refused, lost_writes=[chunk for chunk in lost if chunk not in refused])
 
     def tell(self) -> None:
         """Tells the server what is committed in memory. Does not wait."""
@@ -216,16 +265,38 @@ class PendingWrite:
         """Gives back what is not committed, once no copy of it is running. Harmless when called twice, or after ``complete``."""
         if self._stored is None:
             self._stored = len(self._committed)
-            for use in self._uses.values():
-                use.segment.fence()
+            self._settle()
+            for number, use in self._uses.items():
+                if number not in self._enqueued:
+                    use.segment.fence()
             kept = set(self._committed)
             self.tell()
             self._client.abort([item for item in self.placements["generation"].tolist() if item not in kept])
             self._release()
 
+    def _settle(self) -> None:
+        """Waits until nothing enqueued touches records or payloads any more."""
+        for write in self._enqueued.values():
+            if write is not None:
+                write.end()
+
     def _release(self) -> None:
+        self._settle()
         for use in self._uses.values():
             use.release()
+
+    def _enqueue(self, part: _Part, kv: PagedKV, block_ids: Int64Array) -> None:
+        """Marks and copies by kernels, which write nothing where a record is not free."""
+        from vcache.pool.enqueued_records import EnqueuedWrite  # needs triton
+        from vcache.transfer import cuda
+
+        write = EnqueuedWrite(part.segment, part.records, self._rows()[part.chunks], device=kv.device)
+        self._enqueued[part.number] = write
+        wanted = write.mark()
+        try:
+            cuda.gather(kv, block_ids, part.segment.tensor, part.offsets, wanted=wanted)
+        finally:
+            write.copied()
 
     def _map(self, granted: Granted) -> None:
         self.outcomes = [Outcome(outcome) for outcome in granted.outcomes]
@@ -238,19 +309,36 @@ class PendingWrite:
             if use is not None:
                 self._uses[number] = use
         unmapped = []
-        for number, _, _, offset, nbytes in self.placements.tolist():
+        for index, (number, _, _, offset, nbytes) in enumerate(self.placements.tolist()):
             use = self._uses.get(number)
-            unmapped.append(use is None or not use.segment.contains(offset, nbytes) or nbytes != self.nbytes)
-        self._give_back(unmapped, "unmapped_grants")
+            if use is None or not use.segment.contains(offset, nbytes) or nbytes != self.nbytes:
+                unmapped.append(index)
+        self._give_back(unmapped_grants=unmapped)
+        self._parts = self._parted()
 
-    def _give_back(self, those: Sequence[bool], counter: str) -> None:
-        if any(those):
-            which = np.array(those)
+    def _give_back(self, **those: list[int]) -> None:
+        """Indices in ``granted``, by the counter of what became of them."""
+        if any(those.values()):
+            which = np.zeros(len(self.granted), dtype=np.bool_)
+            for counter, indices in those.items():
+                which[indices] = True
+                self._client.count(counter, len(indices))
             for index in self.granted[which].tolist():
                 self.outcomes[index] = Outcome.DECLINED
-            self._client.count(counter, int(which.sum()))
             self._client.abort(self.placements["generation"][which].tolist())
             self.granted, self.placements = self.granted[~which], self.placements[~which]
+            self._parts = self._parted()
+
+    def _parted(self) -> list[_Part]:
+        is_one = len(self._uses) == 1
+        parts = []
+        for number, use in self._uses.items():
+            chunks = np.arange(len(self.placements)) if is_one else np.flatnonzero(self.placements["segment"] == number)
+            if chunks.size:
+                rows = self.placements if is_one else self.placements[chunks]
+                records, offsets = rows["record"].astype(np.int64), rows["offset"].astype(np.int64)
+                parts.append(_Part(number, use.segment, chunks, records, rows["generation"], offsets))
+        return parts
 
     def _rows(self) -> WordArray:
         keys = key_words(b"".join(self._keys))
