@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vcache.arguments import FEW
 from vcache.errors import ConfigError
 from vcache.keys import KeyChain, ModelSpec, chunk_keys, format_key, parse_key, tenant_of
 
@@ -131,8 +132,9 @@ def test_a_chain_gives_the_same_keys_however_the_prompt_arrives(tokens, data):
     assert made == chunk_keys(tokens, chunk_size=4, fingerprint=b"f")
 
 
-def test_list_tuple_array_numpy_and_torch_give_the_same_keys():
-    tokens = [3, 0, 2**31 - 1, 128_255] * 5
+@pytest.mark.parametrize("times", [5, FEW])
+def test_list_tuple_array_numpy_and_torch_give_the_same_keys(times):
+    tokens = [3, 0, 2**31 - 1, 128_255] * times
     expected = keys(tokens)
     forms = [tuple(tokens), array("i", tokens), array("q", tokens), [np.int64(t) for t in tokens]]
     forms += [np.array(tokens, dtype) for dtype in ("<i4", "<u4", "<i8", "<u8", ">i4", ">i8")]

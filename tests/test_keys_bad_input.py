@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vcache.arguments import DEFAULT_PIN_S, masked_prefix, pin_seconds
+from vcache.arguments import DEFAULT_PIN_S, FEW, masked_prefix, pin_seconds
 from vcache.keys import chunk_keys, tenant_of
 
 BAD_TOKENS = [
@@ -58,6 +58,13 @@ BAD_TOKENS = [
 def test_bad_tokens_are_refused_by_name(tokens, said):
     with pytest.raises(ValueError, match=f"^tokens .*{said}"):
         chunk_keys(tokens, chunk_size=4, fingerprint=b"f")
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+@pytest.mark.parametrize(("wrong", "said"), [(-1, "negative, found -1"), (2**31, "int32 .*found 2147483648")])
+def test_one_bad_token_among_many_is_refused(make, wrong, said):
+    with pytest.raises(ValueError, match=f"^tokens .*{said}"):
+        chunk_keys(make([1] * FEW + [wrong]), chunk_size=4, fingerprint=b"f")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     Mask = Sequence[bool] | npt.NDArray[np.bool_] | torch.Tensor
 
 MAX_TOKEN: Final = (1 << 31) - 1
+#: Up to so many numbers lists of Python are faster than arrays: a copy has swept the caches since the last call, and an operation
+#: of numpy or torch on cold ones takes 30 to 70 us, whatever its size.
+FEW: Final = 1024
 #: Seen as these, negative numbers are higher than any that is allowed, so that one comparison finds both.
 _UNSIGNED: Final = {np.dtype(name): np.dtype(f"u{name[-1]}") for name in ("<i4", "<i8", "<u4", "<u8")}
 #: What the wire can carry (``protocol.Seconds``).
@@ -39,7 +42,7 @@ if array("I").itemsize != 4 or sys.byteorder != "little":
 def packed_tokens(tokens: Tokens) -> bytes | memoryview:
     """The tokens as little-endian uint32, for hashing; never element by element in Python.
 
-    A list costs one pass of ``array.array`` (9 ns a token), an int32 array or tensor one comparison and no copy. Raises
+    A list costs one pass of ``array.array`` (9 ns a token), a long int32 array or tensor one comparison and no copy. Raises
     ``ValueError`` naming ``tokens`` for anything empty, not one-dimensional, not integers, negative or above int32. Among
     the elements of a list, bools pass for the integers they are, save at its start: looking at each type would cost three
     times the hashing.
@@ -47,6 +50,11 @@ def packed_tokens(tokens: Tokens) -> bytes | memoryview:
     values = _list_values(tokens) if isinstance(tokens, (list, tuple)) else _array_values(tokens)
     if not len(values):
         raise ValueError("tokens must not be empty")
+    if isinstance(values, array):
+        highest = max(values) if len(values) <= FEW else int(np.frombuffer(values, dtype=np.uint32).max())
+        if highest > MAX_TOKEN:
+            raise ValueError(f"tokens must fit int32 (at most {MAX_TOKEN}), found {highest}")
+        return memoryview(values).cast("B")
     unsigned = _UNSIGNED.get(values.dtype)
     if unsigned is None or int(values.view(unsigned).max()) > MAX_TOKEN:
         low, high = int(values.min()), int(values.max())
@@ -57,11 +65,11 @@ def packed_tokens(tokens: Tokens) -> bytes | memoryview:
     return np.ascontiguousarray(values, dtype="<u4").data.cast("B")
 
 
-def _list_values(tokens: Sequence[int]) -> npt.NDArray[Any]:
+def _list_values(tokens: Sequence[int]) -> array[int]:
     if tokens and isinstance(tokens[0], (bool, np.bool_)):
         raise ValueError("tokens must be integers, found bool")
     try:
-        return np.frombuffer(array("I", tokens), dtype=np.uint32) if tokens else np.empty(0, np.uint32)
+        return array("I", tokens)
     except OverflowError:
         wrong = next(t for t in tokens if not 0 <= t < 1 << 32)
         raise ValueError(
@@ -84,13 +92,15 @@ def _is_index(token: object) -> bool:
     return True
 
 
-def _array_values(tokens: object) -> npt.NDArray[Any]:
+def _array_values(tokens: object) -> npt.NDArray[Any] | array[int]:
     torch = sys.modules.get("torch")  # a tensor can only come from a process that has loaded it
     if torch is not None and isinstance(tokens, torch.Tensor):
         if tokens.layout != torch.strided or tokens.is_meta:
             raise ValueError(f"tokens must be a dense tensor with values, got {tokens.layout} on {tokens.device}")
         if tokens.dtype == torch.bool or tokens.dtype.is_floating_point or tokens.dtype.is_complex:
             raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+        if tokens.dim() == 1 and tokens.numel() <= FEW:
+            return _list_values(tokens.tolist())
         tokens = (tokens if tokens.is_cpu else tokens.cpu()).numpy()
     elif isinstance(tokens, array):
         tokens = np.asarray(tokens)

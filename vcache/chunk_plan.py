@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vcache.arguments import check_slot_range, checked_offset, checked_slots, masked_prefix
-from vcache.slots import blocks_of_slots
+from vcache.slots import blocks_of_few_slots, blocks_of_slots
 
 if TYPE_CHECKING:
     from vcache.arguments import Mask
@@ -51,13 +51,15 @@ def plan_chunks(
         skipped = masked_prefix(mask, tokens=tokens, chunk_size=model.chunk_size)
         if first_with_slot > skipped:
             raise ValueError(f"offset is {offset}, but by the mask tokens from {skipped} on are to be stored")
-    slots = checked_slots(slot_mapping, length=tokens - first_with_slot, device=kv.device)
     first = skipped - first_with_slot
-    check_slot_range(slots, first=first, slots=kv.num_blocks * model.block_size)
     whole_before = skipped // model.chunk_size
     wanted = keys[whole_before:]
-    end = first + len(wanted) * model.chunk_size
-    blocks = blocks_of_slots(slots[:end], model.block_size, kv.num_blocks, first=first)
+    length, end = tokens - first_with_slot, first + len(wanted) * model.chunk_size
+    blocks = blocks_of_few_slots(slot_mapping, model.block_size, kv.num_blocks, length=length, first=first, end=end)
+    if blocks is None:
+        slots = checked_slots(slot_mapping, length=length, device=kv.device)
+        check_slot_range(slots, first=first, slots=kv.num_blocks * model.block_size)
+        blocks = blocks_of_slots(slots[:end], model.block_size, kv.num_blocks, first=first)
     return ChunkPlan(
         keys=wanted,
         parent=keys[whole_before - 1] if 0 < whole_before <= len(keys) else None,

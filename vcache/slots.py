@@ -6,6 +6,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vcache.arguments import FEW
+
+
+def blocks_of_few_slots(
+    slot_mapping: object, block_size: int, num_blocks: int, *, length: int, first: int, end: int
+) -> npt.NDArray[np.int64] | None:
+    """As ``blocks_of_slots(slot_mapping[:end], …, first=first)``, for a few slots in host memory that are all as they should be.
+
+    Those from ``end`` on are slots, too, but of no whole chunk. ``length``: how many there are to be. ``None``: the longer way is
+    to be taken, which says what is wrong, if anything is.
+    """
+    if length > FEW or not first < end <= length:
+        return None
+    if isinstance(slot_mapping, torch.Tensor):
+        is_fit = slot_mapping.is_cpu and slot_mapping.dtype in (torch.int64, torch.int32)
+    else:
+        is_fit = isinstance(slot_mapping, np.ndarray) and slot_mapping.dtype.kind in "iu"
+    if not is_fit or slot_mapping.shape != (length,):  # type: ignore[attr-defined]
+        return None
+    slots: list[int] = slot_mapping.tolist()[first:]  # type: ignore[attr-defined]
+    if min(slots) < 0 or max(slots) >= num_blocks * block_size:
+        return None
+    blocks = []
+    for at in range(0, end - first, block_size):
+        start = slots[at]
+        if start % block_size or slots[at : at + block_size] != list(range(start, start + block_size)):
+            return None
+        blocks.append(start // block_size)
+    return np.array(blocks, dtype=np.int64)
+
 
 def blocks_of_slots(
     slot_mapping: torch.Tensor | npt.NDArray[np.int64], block_size: int, num_blocks: int, *, first: int = 0

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vcache.slots import blocks_of_slots
+from vcache.slots import blocks_of_few_slots, blocks_of_slots
 
 
 @settings(deadline=None)
@@ -25,6 +25,26 @@ def test_whole_blocks_in_any_order(block_size: int, blocks: list[int], kind: Any
     found = blocks_of_slots(mapping, block_size, 100)
     assert found.dtype == np.int64
     assert found.tolist() == blocks
+    few = blocks_of_few_slots(mapping, block_size, 100, length=len(slots), first=0, end=len(slots))
+    assert (few is None) is (not blocks)
+    assert few is None or (few.dtype == np.int64 and few.tolist() == blocks)
+
+
+@given(
+    slots=st.lists(st.integers(-2, 13), min_size=1, max_size=12)
+    | st.lists(st.integers(0, 2), min_size=1, max_size=3).map(
+        lambda b: [4 * block + i for block in b for i in range(4)]
+    ),
+    first=st.integers(0, 12),
+    whole=st.integers(0, 3),
+)
+def test_what_is_taken_the_short_way_is_what_the_longer_one_finds(slots: list[int], first: int, whole: int) -> None:
+    end = first + 4 * whole
+    mapping = np.array(slots)
+    few = blocks_of_few_slots(mapping, 4, 3, length=len(slots), first=first, end=end)
+    if few is not None:
+        assert all(0 <= slot < 12 for slot in slots[first:])
+        assert few.tolist() == blocks_of_slots(mapping[:end], 4, 3, first=first).tolist()
 
 
 BAD = {
@@ -49,6 +69,8 @@ def test_slots_that_are_not_whole_blocks_are_refused(name: str, make: Any) -> No
     slots, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         blocks_of_slots(make(slots), 4, 10)
+    if "half" not in name:
+        assert blocks_of_few_slots(make(slots), 4, 10, length=len(slots), first=0, end=len(slots)) is None
 
 
 def test_no_slots_are_no_blocks() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vcache.arguments import FEW
 from vcache.paged_kv import PagedKV
 
 Int64Array = npt.NDArray[np.int64]
+_INT64: Final = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ def _check(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: I
 
 def _int64(name: str, values: Int64Array, *, dimensions: int) -> Int64Array:
     array = np.asarray(values)
+    if array.dtype == _INT64 and array.ndim == dimensions and array.flags.c_contiguous:
+        return array
     if array.dtype.kind not in "iu" or array.ndim != dimensions:
         raise ValueError(f"{name} must be a {dimensions}-D array of int64, not {array.ndim}-D {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
@@ -83,6 +88,10 @@ def _int64(name: str, values: Int64Array, *, dimensions: int) -> Int64Array:
 
 def _first_outside(values: Int64Array, limit: int) -> tuple[int, ...] | None:
     """The index of the first value that is not in ``[0, limit)``."""
-    if not values.size or int(values.view(np.uint64).max()) < limit:  # a negative one is very high, unsigned
+    if values.size <= FEW:
+        few = values.ravel().tolist()
+        if not few or (min(few) >= 0 and max(few) < limit):
+            return None
+    elif int(values.view(np.uint64).max()) < limit:  # a negative one is very high, unsigned
         return None
     return tuple(int(i) for i in np.argwhere((values < 0) | (values >= limit))[0])
