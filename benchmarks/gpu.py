@@ -1,8 +1,8 @@
 """Copies between an engine's planes and a segment on a GPU: in device time against the device's own copy, in wall time by whole calls.
 
 *Device time* lies between two events of the stream, behind a delay that lets the host get ahead, so that the host's part is not in
-it. The segment is of this process, or of another and opened through CUDA IPC. Beside both ways stands a trip of the same bytes
-to pinned host memory, or from it: what offloading to the host costs.
+it. The segment is of this process, or of another and opened by its handle. Beside both ways stands a trip of the same bytes to
+pinned host memory and back: what a block costs that is offloaded to the host and loaded again; and one way of it.
 
 Runs on the host too (``run_on``), with the clock instead of events: that shows that it runs, and nothing else.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, cycle
 from typing import Final
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.gpu_segment import segment_of_another_process
+from benchmarks.gpu_stages import stages
 from benchmarks.measure import Bar, Better, Effort, Result, compare, interleave, judge
 from vcache.config import VCacheConfig
 from vcache.demo.pool import Donation, start_pool
@@ -40,8 +41,10 @@ LAYER_BYTES: Final = 2 * CHUNK_SIZE * HEADS * HEAD_SIZE * 2
 BEYOND_CACHES: Final = 512 * MIB
 ROUNDS: Final = 21
 DELAY_CYCLES: Final = 4_000_000
-COPY, HOST, STORE, RETRIEVE = "copy_ on the device", "pinned host memory", "store", "retrieve"
+COPY, STORE, RETRIEVE = "copy_ on the device", "store", "retrieve"
+ONE_WAY, ROUND_TRIP = "one way over pinned host memory", "to pinned host memory and back"
 COPY_BAR: Final = Bar(0.85, Better.HIGHER)
+#: Between GPUs NVLink's own limit would make it about 14.
 HOST_BAR: Final = Bar(40, Better.HIGHER)
 CALL_BAR: Final = Bar(1.5, Better.LOWER)
 JUDGED_MIB, JUDGED_CHUNKS = 32, 8
@@ -66,13 +69,17 @@ def run(effort: Effort) -> list[Result]:
 
 
 def run_on(device: torch.device, effort: Effort, sizes: Sizes) -> Iterator[Result]:
-    """GB/s of the copies, then microseconds of whole calls."""
-    for mib in sizes.chunk_mib:
-        for chunks in sizes.chunks:
-            for is_scattered in (True, False):
-                yield from _copies(device, effort, sizes, mib, chunks, is_scattered=is_scattered, is_shared=False)
+    """GB/s of the copies, microseconds of whole calls, and of the stages that these are made of."""
+    largest = max(sizes.rotation_bytes, max(sizes.chunk_mib) * max(sizes.chunks) * MIB)
+    with ExitStack() as stack:
+        segments = {"": torch.zeros(largest, dtype=torch.uint8, device=device)}
         if device.type == "cuda":
-            yield from _copies(device, effort, sizes, mib, max(sizes.chunks), is_scattered=True, is_shared=True)
+            other = stack.enter_context(segment_of_another_process(largest, device=str(device)))
+            segments[", segment of another process"] = other
+        for mib in sizes.chunk_mib:
+            for chunks in sizes.chunks:
+                for is_scattered in (True, False):
+                    yield from _copies(device, effort, sizes, mib, chunks, segments, is_scattered=is_scattered)
     yield from _calls(device, effort, sizes)
 
 
@@ -80,7 +87,14 @@ def run_on(device: torch.device, effort: Effort, sizes: Sizes) -> Iterator[Resul
 
 
 def _copies(
-    device: torch.device, effort: Effort, sizes: Sizes, mib: int, chunks: int, *, is_scattered: bool, is_shared: bool
+    device: torch.device,
+    effort: Effort,
+    sizes: Sizes,
+    mib: int,
+    chunks: int,
+    segments: dict[str, torch.Tensor],
+    *,
+    is_scattered: bool,
 ) -> Iterator[Result]:
     nbytes = chunks * mib * MIB
     turns = max(1, min(64, sizes.rotation_bytes // nbytes))
@@ -93,42 +107,55 @@ def _copies(
     offsets = (np.arange(turns * chunks) * mib * MIB).reshape(turns, chunks)
     pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     plain = planes.view(-1).view(torch.uint8)
-    with _segment(device, turns * nbytes, is_shared=is_shared) as segment:
-        for turn in range(turns):
-            gather(kv, whence[turn], segment, offsets[turn])
-            scatter(kv, whither[turn], segment, offsets[turn])
-        for plane in planes.view(torch.int16):  # as bits: some are no numbers
-            if not torch.equal(plane[:, whence.ravel()], plane[:, whither.ravel()]):
-                raise RuntimeError("gpu: what was loaded is not what was stored")
 
-        def rotating(act: Callable[[int], object]) -> Callable[[], float]:
-            turn = cycle(range(turns))
-            return lambda: nbytes / _seconds(device, lambda: act(next(turn))) / 1e9
+    def rotating(act: Callable[[int], object]) -> Callable[[], float]:
+        turn = cycle(range(turns))
+        return lambda: nbytes / _seconds(device, lambda: act(next(turn))) / 1e9
 
-        def part(turn: int) -> slice:
-            return slice(turn * nbytes, (turn + 1) * nbytes)
+    def part(turn: int) -> slice:
+        return slice(turn * nbytes, (turn + 1) * nbytes)
 
-        case = f"{chunks} x {mib} MiB, {'scattered' if is_scattered else 'contiguous'} blocks"
-        case += ", segment of another process" if is_shared else ""
-        is_judged = mib >= JUDGED_MIB and chunks >= JUDGED_CHUNKS
-        ways = {
+    def down(turn: int) -> None:
+        pinned.copy_(plain[part(turn)], non_blocking=True)
+
+    def up(turn: int) -> None:
+        plain[part(turn)].copy_(pinned, non_blocking=True)
+
+    def there_and_back(turn: int) -> None:
+        down(turn)
+        up(turn)
+
+    def ways_by(segment: torch.Tensor) -> dict[str, dict[str, Callable[[], float]]]:
+        return {
             STORE: {
                 STORE: rotating(lambda turn: gather(kv, whence[turn], segment, offsets[turn])),
                 COPY: rotating(lambda turn: segment[part(turn)].copy_(plain[part(turn)])),
-                HOST: rotating(lambda turn: pinned.copy_(plain[part(turn)], non_blocking=True)),
+                ONE_WAY: rotating(down),
+                ROUND_TRIP: rotating(there_and_back),
             },
             RETRIEVE: {
                 RETRIEVE: rotating(lambda turn: scatter(kv, whither[turn], segment, offsets[turn])),
                 COPY: rotating(lambda turn: plain[part(turn)].copy_(segment[part(turn)])),
-                HOST: rotating(lambda turn: plain[part(turn)].copy_(pinned, non_blocking=True)),
+                ONE_WAY: rotating(up),
+                ROUND_TRIP: rotating(there_and_back),
             },
         }
-        for way, contestants in ways.items():
+
+    is_judged = mib >= JUDGED_MIB and chunks >= JUDGED_CHUNKS
+    for whose, segment in segments.items():
+        planes.view(torch.int16).random_()  # what one segment brought back proves nothing of the next
+        for turn in range(turns):
+            gather(kv, whence[turn], segment, offsets[turn])
+            scatter(kv, whither[turn], segment, offsets[turn])
+        _verify(planes, whence.ravel(), whither.ravel())
+        case = f"{chunks} x {mib} MiB, {'scattered' if is_scattered else 'contiguous'} blocks{whose}"
+        for way, contestants in ways_by(segment).items():
             figures = interleave(contestants, rounds=effort.rounds(ROUNDS))
             bars = {way: COPY_BAR} if is_judged else None
             yield from compare(f"gpu: {way}", case, figures, unit="GB/s", against=COPY, bars=bars)
+            yield judge(f"gpu: {way}", case, figures, way, unit="GB/s", against=ONE_WAY)
             bar = HOST_BAR if is_judged else None
-            yield judge(f"gpu: {way}", case, figures, way, unit="GB/s", against=HOST, bar=bar)
+            yield judge(f"gpu: {way}", case, figures, way, unit="GB/s", against=ROUND_TRIP, bar=bar)
 
 
 def _random_planes(device: torch.device, layers: int, blocks: int) -> tuple[torch.Tensor, PagedKV]:
@@ -139,13 +166,10 @@ def _random_planes(device: torch.device, layers: int, blocks: int) -> tuple[torc
     return planes, PagedKV(list(planes.unbind(0)), block_size=BLOCK_SIZE, num_blocks=blocks)
 
 
-@contextmanager
-def _segment(device: torch.device, nbytes: int, *, is_shared: bool) -> Iterator[torch.Tensor]:
-    if is_shared:
-        with segment_of_another_process(nbytes, device=str(device)) as segment:
-            yield segment
-    else:
-        yield torch.zeros(nbytes, dtype=torch.uint8, device=device)
+def _verify(planes: torch.Tensor, whence: npt.NDArray[np.int64], whither: npt.NDArray[np.int64]) -> None:
+    for plane in planes.view(torch.int16):  # as bits: some are no numbers
+        if not torch.equal(plane[:, whence], plane[:, whither]):
+            raise RuntimeError("gpu: what was loaded is not what was stored")
 
 
 def _seconds(device: torch.device, act: Callable[[], object]) -> float:
@@ -192,6 +216,7 @@ def _calls(device: torch.device, effort: Effort, sizes: Sizes) -> Iterator[Resul
             for many in dict.fromkeys((chunks, 1)):
                 whence, whither = (ids[: many * BLOCKS_PER_CHUNK] for ids in np.split(order, 2))
                 yield from _call(engine, kv, bare, many, whence, whither, effort)
+                yield from stages(engine, device, many, whence, whither, rounds=effort.rounds(ROUNDS))
 
 
 def _call(
