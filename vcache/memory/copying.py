@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
 
 def copy_between(source: Memory, start: int, target: Memory, to: int, nbytes: int) -> None:
-    """Copies ``nbytes`` from ``start`` of one to ``to`` of the other. Done on return, except between two GPUs' memories."""
+    """Copies ``nbytes`` from ``start`` of one to ``to`` of the other. Done on return."""
     if isinstance(source, HostMemory) and isinstance(target, HostMemory):
         np.copyto(target.array[to : to + nbytes], source.array[start : start + nbytes])  # lets other threads run
         return
-    on_gpu = [memory for memory in (source, target) if isinstance(memory, CudaMemory)]
-    is_awaited = len(on_gpu) < 2
-    copy(source.address + start, target.address + to, nbytes, ordinal=on_gpu[0].ordinal, is_awaited=is_awaited)
+    ordinal = next(memory.ordinal for memory in (source, target) if isinstance(memory, CudaMemory))
+    copy(source.address + start, target.address + to, nbytes, ordinal=ordinal)
 
 
 def aside(memory: Memory) -> AbstractContextManager[object]:

@@ -54,6 +54,7 @@ def create(stack: ExitStack, runtime: RuntimeDir, segment_id: bytes, nbytes: int
     address = _map(stack, memory, whole, reader=ordinal)
     fd = int(call("cuMemExportToShareableHandle", memory, kind, 0))
     try:
+        os.set_inheritable(fd, False)  # a child would keep the memory
         server = DescriptorServer(runtime, segment_id, fd)
     except BaseException:
         os.close(fd)

@@ -62,16 +62,15 @@ class CudaWords:
         return found
 
 
-def copy(source: int, target: int, nbytes: int, *, ordinal: int, is_awaited: bool) -> None:
+def copy(source: int, target: int, nbytes: int, *, ordinal: int) -> None:
     """From address to address, on the calling thread's current stream of ``cuda:<ordinal>``; either may be host memory.
 
-    ``is_awaited``: it is done on return. Copies from and to pinned memory are not by themselves.
+    Done on return: copies from and to pinned memory, and between devices, are not by themselves.
     """
     with on_device(ordinal):
         stream = current_stream(ordinal)
         call("cuMemcpyAsync", target, source, nbytes, stream)
-        if is_awaited:
-            call("cuStreamSynchronize", stream)
+        call("cuStreamSynchronize", stream)
 
 
 def current_stream(ordinal: int) -> int:
