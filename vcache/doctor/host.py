@@ -66,8 +66,8 @@ def _container() -> Iterator[Finding]:
         yield Finding(
             "container",
             State.NOTE,
-            "this is a container: it shares segments only with processes that have the same /dev/shm and, for GPUs, the same IPC "
-            "namespace",
+            "this is a container: it shares segments only with processes that have the same /dev/shm and, for CUDA IPC, the same "
+            "IPC namespace",
             "start all of them with --ipc=host, or with one volume for runtime_dir",
         )
 

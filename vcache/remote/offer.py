@@ -3,7 +3,7 @@
 The segment is in memory that both map, so a read by another host costs the donor nothing, and a donor that is busy or
 stopped is no hindrance. Torch-free: a stand-alone donor of host memory never loads it.
 
-A segment on a GPU is mapped by CUDA IPC, and offered only if the engine takes it: that depends on its build and, over RDMA, on
+A segment on a GPU is mapped as any other process would, and offered only if the engine takes it: that depends on its build and, over RDMA, on
 driver and network card. **This has not yet run on a GPU.**
 """
 
