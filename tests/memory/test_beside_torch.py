@@ -98,6 +98,8 @@ def test_a_capture_in_global_mode_survives_all_that_another_thread_does_with_mem
             memory.words.fence()
             assert memory.words.load_each(np.array([3, 100, 9000])).tolist() == [33, 0, 0]
             with aside(memory):
+                fresh = torch.ones(64 * MIB, dtype=torch.uint8, device="cuda:0")  # more than torch has in store
+                assert int(fresh.sum(dtype=torch.int64)) == 64 * MIB
                 copy_between(memory, 0, host, 0, MIB)
                 copy_between(host, 0, other, 0, MIB)
             if kind == "vmm":

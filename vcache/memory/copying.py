@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vcache.errors import UnavailableError
 from vcache.memory.base import Memory, is_host
 from vcache.memory.cuda import CudaMemory
+from vcache.memory.cuda_driver import on_device
 from vcache.memory.cuda_words import copy, torch_uses_gpus
 from vcache.memory.host import HostMemory
 
@@ -33,9 +36,21 @@ def aside(memory: Memory) -> AbstractContextManager[object]:
 
 
 def aside_on(device: torch.device | None) -> AbstractContextManager[object]:
-    """On a GPU, a stream of its own: copies neither queue behind, nor hold up, what the engine computes."""
+    """On a GPU, a stream of its own: copies neither queue behind, nor hold up, what the engine computes.
+
+    Nor do what torch allocates and waits for meanwhile, by this thread, spoil a graph that another thread captures.
+    """
     if device is None or device.type != "cuda":
         return nullcontext()
+    return _on_stream_of_its_own(device)
+
+
+@contextmanager
+def _on_stream_of_its_own(device: torch.device) -> Iterator[None]:
     import torch
 
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        with suppress(UnavailableError):  # no bindings of the driver: torch alone copies from and to host segments
+            stack.enter_context(on_device(device.index or 0))
+        stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
+        yield
