@@ -1,6 +1,8 @@
 """A thread beside the forward pass, and on a GPU a stream beside its stream: where the server and the copies are waited for.
 
 Tasks run one after the other. Not here: what they are (``stores.py``, ``loads.py``).
+
+A lane for the host (``torch.device("cpu")``) has no stream, and its tasks wait for nothing but what they ask for themselves.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Final, TypeVar
 
 import torch
 
+from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
+from vcache.memory.cuda_driver import driver, on_device
 from vcache.transfer.threads import run_anywhere
 
 T = TypeVar("T")
@@ -28,7 +34,10 @@ class Lane:
         self._failures = failures
         # vLLM pins its own thread to one CPU, and a thread started from there would stay on it.
         self._threads = ThreadPoolExecutor(1, f"vcache-{name}", run_anywhere)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._beside_captures = _beside_captures(device)
 
     def run(self, task: Callable[[], T], otherwise: T) -> Future[T]:
         """Runs ``task`` once what the caller's stream has now been given is done; its own copies are done when it ends."""
@@ -59,7 +68,7 @@ class Lane:
         try:
             if self._stream is None or happened is None:
                 return task()
-            with torch.cuda.stream(self._stream):
+            with self._beside_captures(), torch.cuda.stream(self._stream):
                 self._stream.wait_event(happened)
                 result = task()
                 self._stream.synchronize()
@@ -67,3 +76,12 @@ class Lane:
         except Exception as error:
             self._failures.record(self._name, error)
             return otherwise
+
+
+def _beside_captures(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """What makes a task's calls harmless to a graph that the forward thread is capturing, if the driver's bindings are there."""
+    try:
+        driver()
+    except UnavailableError:
+        return contextlib.nullcontext
+    return partial(on_device, device.index)

@@ -2,11 +2,11 @@
 
 The life of a store, by thread:
 
-* before the forward pass: the question goes to a thread of its own (``Lane``), which waits for the server's answer;
+* before the forward pass: the question goes to a thread of its own (``Lane``), which waits for the server's answer, and for no device;
 * after it, on the forward thread: what was granted by then is copied out of the blocks. This is all the forward thread ever
   does: on a CPU a copy within memory, on a GPU a kernel enqueued on its stream. From then on vLLM may do with the blocks what
   it likes, so no block is ever held back from it;
-* on the other thread again: the commit, once the copy is done.
+* on a third: the commit, once the copy is done. It waits for the device, which must not keep the next questions waiting.
 
 An answer that is late is used after one of the next forward passes, as long as the request still has its blocks; if it has
 not come when they are given away, the chunks are not stored, and counted.
@@ -37,11 +37,15 @@ class _Store:
 
 
 class Stores:
-    """The stores of one worker. All calls but those on the lane come from the forward thread."""
+    """The stores of one worker. All calls but those on the lanes come from the forward thread."""
 
-    def __init__(self, engine: VCacheEngine, lane: Lane, counters: ConnectorCounters, *, chunk_bytes: int) -> None:
+    def __init__(
+        self, engine: VCacheEngine, asking: Lane, committing: Lane, counters: ConnectorCounters, *, chunk_bytes: int
+    ) -> None:
+        """``asking``: a lane for the host; ``committing``: one for the tensors' device."""
         self._engine = engine
-        self._lane = lane
+        self._asking = asking
+        self._committing = committing
         self._counters = counters
         self._chunk_bytes = chunk_bytes
         self._open: list[_Store] = []  # asked for and not copied; the present step's come last
@@ -56,7 +60,7 @@ class Stores:
             for store in self._copy_answered(leaving):
                 self._counters.add(late_chunks=len(store.order.keys))
                 self._drop(store)
-        self._open += [_Store(order, self._lane.run(partial(self._reserve, order), None)) for order in orders]
+        self._open += [_Store(order, self._asking.run(partial(self._reserve, order), None)) for order in orders]
         self._this_step = len(orders)
 
     def after_step(self) -> None:
@@ -90,17 +94,17 @@ class Stores:
                 unanswered.append(store)
             elif (pending := store.answer.result()) is not None:
                 pending.copy_from(store.order.blocks)
-                self._lane.run(partial(self._commit, store.order, pending), None)
+                self._committing.run(partial(self._commit, store.order, pending), None)
         return unanswered
 
     def _drop(self, store: _Store) -> None:
-        """Gives back what it was or will be granted, on the lane: there the answer has come by then."""
+        """Gives back what it was or will be granted, on the lane that asks: there the answer has come by then."""
 
         def give_back() -> None:
             if (pending := store.answer.result()) is not None:
                 pending.complete()
 
-        self._lane.run(give_back, None)
+        self._asking.run(give_back, None)
 
     def _commit(self, order: StoreOrder, pending: PendingStore) -> None:
         granted = [order.keys[index] for write in pending.writes for index in write.granted.tolist()]

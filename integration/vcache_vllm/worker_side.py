@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from vcache.engine import VCacheEngine
 from vcache.paged_kv import PagedKV
 from vcache_vllm.counters import ConnectorCounters
@@ -20,8 +22,6 @@ from vcache_vllm.parallel import RankPlace
 from vcache_vllm.stores import Stores
 
 if TYPE_CHECKING:
-    import torch
-
     from vcache.failures import FailureLog
     from vcache_vllm.options import ConnectorOptions
 
@@ -70,11 +70,12 @@ class WorkerSide:
         )
         self._engine.register_kv_caches(kv)
         loading, storing = (Lane(name, kv.device, self._failures) for name in ("load", "store"))
-        self._lanes = [loading, storing]
+        reserving = Lane("reserve", torch.device("cpu"), self._failures)
+        self._lanes = [loading, reserving, storing]
         chunk_bytes = kv.payload_bytes(model.blocks_per_chunk)
         self._loads = Loads(self._engine, loading, self._counters, self._failures, chunk_bytes=chunk_bytes)
         if place.stores:
-            self._stores = Stores(self._engine, storing, self._counters, chunk_bytes=chunk_bytes)
+            self._stores = Stores(self._engine, reserving, storing, self._counters, chunk_bytes=chunk_bytes)
         self.introduction = WorkerIntroduction(model)
         logger.info("VCache shares the KV of this worker, rank %d of %d: %s", place.rank, model.ranks, kv.describe())
 

@@ -45,14 +45,15 @@ class GatedEngine(VCacheEngine):
 class Worker(NamedTuple):
     engine: GatedEngine
     stores: Stores
-    lane: Lane
+    asking: Lane
+    committing: Lane
     counters: ConnectorCounters
     tensors: dict[str, torch.Tensor]
     order: Callable[[str], StoreOrder]
 
     def stored(self) -> int:
         """Chunks in the pool once everything begun is done."""
-        assert self.lane.flush(PATIENCE_S)
+        assert self.asking.flush(PATIENCE_S) and self.committing.flush(PATIENCE_S)
         return self.engine.lookup(TOKENS) // CHUNK
 
     def intact(self) -> bool:
@@ -70,25 +71,28 @@ def worker(config: VCacheConfig, server: Child, processes: Processes) -> Iterato
     fill(tensors, TOKENS, BLOCKS.ravel().tolist())
     with GatedEngine(config, model=model_of(), kv_caches=tensors) as engine:
         engine.gate = threading.Event()
-        lane = Lane("store", torch.device("cpu"), FailureLog(logging.getLogger(__name__)))
+        failures = FailureLog(logging.getLogger(__name__))
+        asking, committing = (Lane(name, torch.device("cpu"), failures) for name in ("reserve", "store"))
         counters = ConnectorCounters()
         keys = tuple(engine.keys_of(TOKENS))
         yield Worker(
             engine,
-            Stores(engine, lane, counters, chunk_bytes=1),
-            lane,
+            Stores(engine, asking, committing, counters, chunk_bytes=1),
+            asking,
+            committing,
             counters,
             tensors,
             lambda name: StoreOrder(name, keys, None, BLOCKS, ""),
         )
         engine.gate.set()
-        lane.close(PATIENCE_S)
+        asking.close(PATIENCE_S)
+        committing.close(PATIENCE_S)
 
 
 def answered(worker: Worker) -> None:
     """Opens the gate, and waits until all answers have passed it."""
     worker.engine.gate.set()
-    assert worker.lane.flush(PATIENCE_S)
+    assert worker.asking.flush(PATIENCE_S)
 
 
 def test_what_was_granted_before_the_forward_pass_ends_is_stored_after_it(worker: Worker) -> None:
