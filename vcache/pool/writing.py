@@ -167,6 +167,8 @@ class PendingWrite:
         for part in self._parts:
             if part.number not in self._enqueued:
                 marked = part.segment.mark(part.records.tolist(), rows[part.chunks])
+                if not part.segment.is_on_host:  # whoever copies may do so on another stream
+                    part.segment.fence()
                 if not all(marked):
                     refused += part.chunks[~np.array(marked)].tolist()
         self._give_back(refused_marks=refused)
