@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import PATIENCE_S
+from tests.pool.payloads import until
 from vcache.pool.runtime_dir import RuntimeDir
 
 KEY = "0123456789abcdef" * 2
@@ -41,10 +40,7 @@ def test_records_in_vram_tell_a_new_server_and_are_retired_by_small_copies(serve
     assert ask(client, f"lookup {KEY}") == "hits 1"
     server.kill()
     processes.server(config)
-    deadline = time.monotonic() + PATIENCE_S
-    while donor.log.read_text().count("is number 1 in term") < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert ask(client, f"lookup {KEY}") == "hits 1"
+    until(lambda: ask(client, f"lookup {KEY}") == "hits 1", "the new server knows it")
     assert ask(client, f"remove {KEY}") == "removed 1"
     assert ask(client, f"lookup {KEY}") == "hits 0"
 

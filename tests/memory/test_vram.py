@@ -163,13 +163,14 @@ def nothing_is_left(calls, failed):
 
 
 ZEROING = ["cuStreamCreate", "cuMemsetD8Async", "cuStreamSynchronize"]
+IMPORTING = ["cuMemImportFromShareableHandle"]
 MAPPING = ["cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"]
 
 
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [
-        ("vmm", ["cuMemCreate", *MAPPING, "cuMemExportToShareableHandle", *ZEROING]),
+        ("vmm", ["cuMemCreate", *MAPPING, "cuMemExportToShareableHandle", *IMPORTING, *ZEROING]),
         ("ipc", ["cuMemAlloc", "cuIpcGetMemHandle", *ZEROING]),
     ],
 )
@@ -187,9 +188,7 @@ def test_memory_whose_making_fails_at_any_step_leaves_nothing(stand_in, start, r
         assert not list(runtime_dir.glob("*.sock"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps"), [("vmm", ["cuMemImportFromShareableHandle", *MAPPING]), ("ipc", ["cuIpcOpenMemHandle"])]
-)
+@pytest.mark.parametrize(("kind", "steps"), [("vmm", [*IMPORTING, *MAPPING]), ("ipc", ["cuIpcOpenMemHandle"])])
 def test_memory_whose_opening_fails_at_any_step_leaves_nothing(stand_in, start, kind, steps):
     owner, reader = start(stand_in), start(stand_in)
     handle, uuid = made(owner, kind)

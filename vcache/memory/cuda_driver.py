@@ -56,7 +56,10 @@ def call(name: str, *arguments: Any) -> Any:
     cuda = driver()
     try:
         status, *answer = getattr(cuda, name)(*arguments)
-    except RuntimeError as error:  # a driver older than the function
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a driver older than the function, one newer than the bindings' statuses
         raise UnavailableError(f"{name}: {error}") from error
     if status != cuda.CUresult.CUDA_SUCCESS:
         raise CudaError(name, status)

@@ -40,7 +40,7 @@ def why_not(ordinal: int) -> str:
 def create(stack: ExitStack, runtime: RuntimeDir, segment_id: bytes, nbytes: int, *, ordinal: int) -> tuple[int, bytes]:
     """Memory of the current device ``ordinal`` and its handle, which names the socket. ``stack`` takes it all back.
 
-    Raises ``UnavailableError`` (``CudaError`` among it) or ``OSError``.
+    Raises ``UnavailableError`` (``CudaError`` among it) or ``OSError``, also where nobody could open it.
     """
     if reason := why_not(ordinal):
         raise UnavailableError(reason)
@@ -55,6 +55,9 @@ def create(stack: ExitStack, runtime: RuntimeDir, segment_id: bytes, nbytes: int
     fd = int(call("cuMemExportToShareableHandle", memory, kind, 0))
     try:
         os.set_inheritable(fd, False)  # a child would keep the memory
+        quietly(
+            "cuMemRelease", call("cuMemImportFromShareableHandle", fd, kind)
+        )  # some sandboxes refuse: better now than later
         server = DescriptorServer(runtime, segment_id, fd)
     except BaseException:
         os.close(fd)
