@@ -44,6 +44,17 @@ def test_plain_workers_share_kv_from_every_place_and_the_figures_say_so(processe
 
 
 @pytest.mark.slow
+def test_where_mooncake_is_not_installed_files_lie_below_the_pool(processes: Processes, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    code = "import sys; sys.modules['mooncake'] = None; import vcache.cli; vcache.cli.main()"
+    demo = processes.python("-c", code, "demo", "--no-llm", "--tokens", "256", "--json", str(figures))
+    assert demo.wait(PATIENCE_S) == 0, demo.report()
+    engines = json.loads(figures.read_text())["engines"]
+    assert [engine["source"] for engine in engines[1:]] == ["vram", "dram", "files"]
+    assert_nothing_left_behind(demo)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_behind(processes: Processes, number: signal.Signals) -> None:
     # Where these tests run in the background, SIGINT is ignored, and children inherit that.

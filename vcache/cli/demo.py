@@ -20,7 +20,7 @@ def demo(
     ] = 2048,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
 ) -> None:
-    """Show two engines sharing a prefix: computed on one, loaded by the other from its segment, the DRAM tier, Mooncake."""
+    """Show two engines sharing a prefix: computed on one, loaded by the other from its segment, the DRAM tier, the store."""
     from vcache.demo.run import run_demo
 
     raise typer.Exit(run_demo(llm=llm, prompt=prompt, tokens=tokens, json_file=json_file))

@@ -22,7 +22,7 @@ class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's answer to the prompt. Token counts are vLLM's own; bytes and seconds are VCache's.
 
     identical: whether what came out equals what comes out without VCache (tokens generated, or every byte of KV).
-    expected: where the prompt's chunks had to come from: "vram", "dram", "mooncake"; empty when they had to be computed.
+    expected: where the prompt's chunks had to come from: "vram", "dram", the store ("mooncake", "files"); empty when they had to be computed.
     source: where they did come from; several places are joined by "+". source_device: of the segments that held them.
     ttft_s: time to the first token (None where no model runs).
     tokens: what was generated.

@@ -1,17 +1,18 @@
 """The demo's story, whoever plays the engines: one prefix, computed once, loaded from each place that VCache keeps KV in.
 
-A computes and stores             into the segment of its device, and through to Mooncake
+A computes and stores             into the segment of its device, and through to the store: Mooncake, or a directory without it
 B loads from that segment         VRAM tier
 A stores more than it holds       the prefix is demoted
 B loads from another segment      DRAM tier
 A and every donor are killed      no segment is left
-B loads from Mooncake
+B loads from the store
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from importlib.util import find_spec
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -36,6 +37,9 @@ from vcache.protocol import ServerStats
 
 #: What eviction leaves of a full segment: less than what A stores last, so that all of the prefix goes.
 LOW_WATERMARK: Final = 0.15
+#: What lies below the pool, as ``EngineFigures.source`` has it.
+STORE: Final = "mooncake" if find_spec("mooncake") is not None else "files"
+_STORE_TITLES: Final = {"mooncake": "Mooncake", "files": "a store of files"}
 OnStage = Callable[[str], None]
 
 
@@ -56,12 +60,12 @@ class Engine(Protocol):
 
 def source_of(moved: Moved) -> str:
     """Where an engine's bytes came from, as ``EngineFigures.source`` has it."""
-    names = {"vram": "vram", "dram": "dram", "store": "mooncake"}
+    names = {"vram": "vram", "dram": "dram", "store": STORE}
     return "+".join(names[tier] for tier, nbytes in moved.read_bytes.items() if nbytes)
 
 
 class Scene:
-    """What the engines meet: Mooncake, a metadata server, a donor of VRAM on each device, a donor of host memory."""
+    """What the engines meet: a store, a metadata server, a donor of VRAM on each device, a donor of host memory."""
 
     def __init__(self, stage: Stage, display: Display, devices: Devices, *, chunks: int, chunk_bytes: int) -> None:
         """``chunks``: of the prefix, each of ``chunk_bytes``."""
@@ -73,9 +77,9 @@ class Scene:
         whole = (chunks + self.others) * chunk_bytes
         first, second, host = devices
         places = f"{first.name} and {second.name} (VRAM tier) and {host.name} (DRAM tier)"
-        with display.step(f"starting a metadata server, donors on {places}, Mooncake"):
-            mooncake = Mooncake(stage, nbytes=whole + whole // 4 + (64 << 20))
-            self.config = _config(stage, mooncake.address)
+        with display.step(f"starting a metadata server, donors on {places}, {_STORE_TITLES[STORE]}"):
+            mooncake = Mooncake(stage, nbytes=whole + whole // 4 + (64 << 20)) if STORE == "mooncake" else None
+            self.config = _config(stage, mooncake.address if mooncake is not None else "")
             directory = whole // 256 + (64 << 10)  # as small as may be: eviction begins when a segment is nearly full
             self._donors = start_pool(
                 stage,
@@ -86,7 +90,8 @@ class Scene:
                     Donation(host.name, whole + whole // 4 + directory, "dram"),
                 ],
             )
-            mooncake.await_ready()
+            if mooncake is not None:
+                mooncake.await_ready()
 
     def play(self, first: Engine, second: Engine) -> list[EngineFigures]:
         """The answers in order. Raises ``ChildFailed`` or ``UnavailableError`` when the story does not go on."""
@@ -101,7 +106,7 @@ class Scene:
         with self._display.step(f"killing {first.name} and every donor: no segment is left"):
             self._stage.kill([first.child, *self._donors])
             await_pool(self._stage, self.config, lambda stats: not stats.segments, what="the donors to be missed")
-        answers.append(self._load(second, "mooncake", f"{second.name} loads it from Mooncake"))
+        answers.append(self._load(second, STORE, f"{second.name} loads it from {_STORE_TITLES[STORE]}"))
         return answers
 
     def _load(self, engine: Engine, expected: str, title: str) -> EngineFigures:
@@ -122,10 +127,16 @@ class Scene:
 def _config(stage: Stage, mooncake: str) -> VCacheConfig:
     """This machine's settings, except that everything lives in the demo's own directory, and that it is patient.
 
+    ``mooncake``: the address of its master, if that is the store.
     Deadlines of a second are right in production, where a miss costs little; here it would spoil the story.
     """
     runtime_dir = stage.directory / "pool"
     runtime_dir.mkdir(mode=0o700)
+    store: dict[str, Any] = {"kind": STORE}
+    if mooncake:
+        store["mooncake"] = {"master": mooncake}
+    else:
+        store["files"] = {"directory": str(stage.directory / "store")}
     return VCacheConfig(
         runtime_dir=str(runtime_dir),
         chunk_size=CHUNK_SIZE,
@@ -133,8 +144,7 @@ def _config(stage: Stage, mooncake: str) -> VCacheConfig:
         server={"endpoint": "", "eviction": {"low_watermark": LOW_WATERMARK}},
         client={"call_timeout": PATIENCE_S, "connect_timeout": PATIENCE_S},
         store={
-            "kind": "mooncake",
-            "mooncake": {"master": mooncake},
+            **store,
             "write_policy": "all",
             "staging_size": "128MiB",
             "guard": {"timeout": PATIENCE_S, "write_timeout": PATIENCE_S},
