@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.test_cli import vcache
 from vcache.config import VCacheConfig
-from vcache.doctor import State, host
+from vcache.doctor import State, gpus, host
 
 
 def examined(*settings: str, status: int) -> dict[str, list[dict[str, Any]]]:
@@ -78,10 +79,18 @@ def test_more_than_there_is_to_donate_is_told(runtime_dir):
     assert finding.state is State.NOTE and "less than segment.size" in finding.detail
 
 
+@pytest.mark.parametrize(("available", "state"), [(True, State.OK), (False, State.PROBLEM)])
+def test_a_driver_that_shows_no_files_is_a_problem_only_if_torch_sees_no_gpu(tmp_path, monkeypatch, available, state):
+    torch = SimpleNamespace(
+        __version__="2", version=SimpleNamespace(cuda="13.0"), cuda=SimpleNamespace(is_available=lambda: available)
+    )
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "nowhere")
+    [finding] = gpus._visible(torch)
+    assert (finding.about, finding.state) == ("driver", state)
+
+
 @pytest.mark.cuda
 def test_a_gpu_is_shared_between_processes(config):
-    from vcache.doctor import gpus
-
     found = {finding.about: finding for finding in gpus.examine(config, timeout_s=60)}
     assert found["cuda:0"].state is not State.PROBLEM
     ways = [found[f"{kind.name} on cuda:0"] for kind in gpus.KINDS.values()]

@@ -65,6 +65,9 @@ def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
 def _visible(torch: Any) -> Iterator[Finding]:
     """The driver, and GPUs that it has and this process does not see."""
     version = DRIVER / "version"
+    if not version.exists() and torch.cuda.is_available():  # a sandbox that passes the driver's calls on
+        yield Finding("driver", State.OK, f"it is there, and does not say its version in {version}")
+        return
     if not version.exists():
         yield Finding(
             "driver",

@@ -132,11 +132,15 @@ class CudaMemory:
     @property
     def tensor(self) -> torch.Tensor:
         """uint8 ``[nbytes]`` on the device ``ordinal``; not to be used after ``close``, which unmaps it whoever holds it."""
-        if self._closed:
-            raise UnavailableError("the segment's memory was closed")
-        if self._tensor is None:
-            self._tensor = tensor_over(self.address, self.nbytes, cuda_ordinal=self.ordinal)
-        return self._tensor
+        tensor = self._tensor
+        if tensor is not None:
+            return tensor
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the segment's memory was closed")
+            if self._tensor is None:
+                self._tensor = tensor_over(self.address, self.nbytes, cuda_ordinal=self.ordinal)
+            return self._tensor
 
     def close(self) -> None:
         """Only once every user's work on it has completed: this does not wait for the device.
