@@ -94,6 +94,20 @@ def test_handles_that_are_none_are_refused(environment, start, bad):
     assert process.ask(f"open {bad} {MIB} {uuid} {uuid}").startswith("refused CorruptionError")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_making_opening_and_closing_over_and_over_takes_nothing(environment, start, runtime_dir, kind):
+    owner, reader = start(environment), start(environment)
+    before: list[str] = []
+    for cycle in range(50):
+        handle, uuid = made(owner, kind)
+        assert reader.ask(f"open {handle} {MIB} {uuid} {uuid}") == "opened"
+        assert reader.ask("close") == owner.ask("close") == "done"
+        if cycle == 1:  # after whatever is made once
+            before = [process.ask("counts") for process in (owner, reader)]
+    assert [process.ask("counts") for process in (owner, reader)] == before
+    assert not list(runtime_dir.glob("*.sock"))
+
+
 def test_a_maker_that_does_not_answer_costs_one_wait(stand_in, start):
     owner, reader = start(stand_in), start(stand_in)
     handle, uuid = made(owner)

@@ -299,6 +299,6 @@ def _is_deaf(path: Path) -> bool:
             probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return True
-        except BlockingIOError:
+        except OSError:
             return False
     return False
