@@ -47,10 +47,10 @@ format: environment ## Format the code and repair what lint can
 bench: environment ## Measure; writes bench.json, bench.md and bench-plots/ (ARGS="NAME --quick", TRACES="FILE...")
 	@$(BIN)/vcache bench --json bench.json --markdown bench.md --plots bench-plots $(TRACES:%=--trace=%) $(ARGS)
 
-gpu-check: ## Prove the CUDA paths on this machine, without installing anything (ARGS="STEP --json FILE", PYTHON=...)
-	@$(PYTHON) tools/gpu_check.py $(ARGS)
+gpu-check: ## Prove the CUDA paths on this machine, without installing anything (ARGS="STEP...", PYTHON=...); writes gpu-check.json and gpu-check.md
+	@$(PYTHON) tools/gpu_check.py --json gpu-check.json --markdown gpu-check.md $(ARGS)
 
 clean: ## Remove what was built, .venv included
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json bench.md bench-plots
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench.json bench.md bench-plots gpu-check.json gpu-check.md
 	find vcache -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

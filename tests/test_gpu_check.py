@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from benchmarks.gpu import ONE_WAY, RETRIEVE, ROUND_TRIP, STORE, Sizes, run_on
 from benchmarks.gpu_stages import COPY, KEYS, LAUNCH, SERVER, WHOLE
 from benchmarks.measure import Effort
 from tests.support.processes import PATIENCE_S, REPOSITORY, child_environment
-from tools.gpu_check import EXIT_MISSING, TESTS, Check, Row, as_markdown
+from tools.gpu_check import EXIT_MISSING, STEPS, TESTS, TOO_LONG, Check, Found, Row, as_markdown, main, run
 
 ON_A_GPU = torch.cuda.is_available()
 
@@ -51,14 +52,44 @@ def test_every_test_that_needs_a_gpu_is_among_those_it_runs():
 @pytest.mark.skipif(ON_A_GPU, reason="they would not be skipped")
 def test_a_skipped_test_has_not_passed(tmp_path, monkeypatch):
     monkeypatch.setattr("tools.gpu_check.TESTS", ("tests/transfer/test_cuda_copies.py",))
-    rows = list(Check(tmp_path, quick=True).tests())
+    *rows, time = Check(tmp_path, Found({}), quick=True).step("tests")
     assert len(rows) == 3 and not any(row.passed for row in rows)
     assert {row.detail for row in rows} == {"no CUDA device here"}
+    assert time.passed and time.detail.endswith(f"s, at most {STEPS['tests']}")
 
 
 def test_the_step_of_two_processes_works_on_host_devices(tmp_path):
-    [row] = list(Check(tmp_path, quick=True).processes())
+    row, _ = Check(tmp_path, Found({}), quick=True).step("processes")
     assert row.passed, row.detail
+
+
+def test_a_step_that_takes_too_long_is_ended_with_all_it_started_and_has_failed(tmp_path, monkeypatch):
+    hangs = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '1000'])"
+    done = run("-c", hangs, limit_s=2.0)
+    assert done.status == TOO_LONG and done.output == "begun\n\nnot done after 2 s"
+    monkeypatch.setitem(STEPS, "demo", 0)
+    found = Found({})
+    row, time = Check(tmp_path, found, quick=True).step("demo")
+    assert not row.passed and row.detail == "not begun: no time was left"
+    assert not time.passed
+    assert list(found.outputs) == ["-m vcache.cli demo --no-llm"]
+
+
+def test_what_was_found_is_told_in_a_table_and_in_json_and_by_the_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.gpu_check.what_is_missing", lambda: "")
+    monkeypatch.setattr("tools.gpu_check.machine", lambda: {"gpu": "none at all"})
+    monkeypatch.setattr(Check, "demo", lambda self: iter([Row("demo", "a case", passed=True, detail="fine")]))
+    monkeypatch.setattr(Check, "doctor", lambda self: iter([Row("doctor", "another", passed=False, detail="not fine")]))
+    report = tmp_path / "found.json"
+    assert main(["demo", "--json", str(report), "--markdown", str(tmp_path / "found.md")]) == 0
+    assert main(["demo", "doctor", "--json", str(report)]) == 1
+    said = capsys.readouterr().out
+    assert "| doctor | another | **failed** | not fine |" in said
+    assert said.endswith("3 passed, 1 failed\n")
+    found = json.loads(report.read_text())
+    assert found["machine"] == {"gpu": "none at all"}
+    assert [row["case"] for row in found["rows"]] == ["a case", "time", "another", "time"]
+    assert "| demo | a case | passed | fine |" in (tmp_path / "found.md").read_text()
 
 
 def test_the_benchmark_of_a_gpu_runs_on_the_host():

@@ -1,22 +1,25 @@
 """Proves the CUDA paths on the machine at hand: ``make gpu-check``, or ``python tools/gpu_check.py`` in a bare checkout.
 
-Needs torch with CUDA, Triton, cuda-bindings, a C compiler and the packages of ``NEEDED``; no network and no installation. Each step is a
-process of its own, so that a fault of the device ends that step and no other. Exit status: 0 all passed, 1 one failed, 2 the
-command line is wrong, 3 there is no CUDA device, or something it needs is missing.
+Needs torch with CUDA, Triton, cuda-bindings, a C compiler and the packages of ``NEEDED``; no network and no installation. Each step runs
+in processes of its own, so that a fault of the device ends those and no others, and for a limited time. What was found is written
+after each step, whatever becomes of the next. Exit status: 0 all passed, 1 one failed, 2 the command line is wrong, 3 there is no
+CUDA device, or something it needs is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,9 +37,13 @@ TESTS: Final = (
     "tests/memory", "tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py",
 )  # fmt: skip
 KERNELS: Final = "tests/transfer/test_cuda_copies.py"
-STEPS: Final = ("doctor", "tests", "processes", "demo", "bandwidth", "sanitizer")
-LIMIT_S: Final = 900
+#: What each may take, in seconds; far more than it should. Together they should take about ten minutes.
+STEPS: Final = {"doctor": 60, "tests": 480, "processes": 60, "demo": 120, "bandwidth": 300, "sanitizer": 300}
+PREPARING_S: Final = 120
+#: Of the output of what failed: how much of its end is kept.
+KEPT_CHARS: Final = 20_000
 EXIT_FAILED, EXIT_MISSING = 1, 3
+TOO_LONG: Final = 124
 
 
 @dataclass(frozen=True)
@@ -61,17 +68,40 @@ class Done:
         return (self.output.strip().splitlines() or [""])[-1][:200]
 
 
+@dataclass
+class Found:
+    """What there is to tell: the rows, the benchmark's figures, and the output of what failed."""
+
+    machine: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    figures: Any = None
+    outputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if not row.passed]
+
+
 class Check:
     """The steps; what they write lies in ``directory``."""
 
-    def __init__(self, directory: Path, *, quick: bool) -> None:
+    def __init__(self, directory: Path, found: Found, *, quick: bool) -> None:
         self._directory = directory
+        self._found = found
         self._quick = quick
-        self.figures: Any = None
+        self._deadline = 0.0
+
+    def step(self, name: str) -> Iterator[Row]:
+        """The rows of a step, as they come; the last says how long it took."""
+        begin = time.monotonic()
+        self._deadline = begin + STEPS[name]
+        yield from getattr(self, name)()
+        seconds = time.monotonic() - begin
+        yield Row(name, "time", seconds <= STEPS[name], f"{seconds:.0f} s, at most {STEPS[name]}")
 
     def doctor(self) -> Iterator[Row]:
         """What ``vcache doctor`` says of the GPUs; there is no pool yet, and that is no fault."""
-        done = _run("-m", "vcache.cli", "doctor", "--json", "--timeout", "0.1")
+        done = self._run("-m", "vcache.cli", "doctor", "--json", "--timeout", "0.1")
         try:
             findings = json.loads(done.output[done.output.index("[") :])
         except ValueError:
@@ -83,15 +113,18 @@ class Check:
 
     def tests(self) -> Iterator[Row]:
         """The tests that need a GPU, a process for each file."""
-        options = ["-k", "not mooncake"] if find_spec("mooncake") is None else []
-        listed = _run("-m", "pytest", "--collect-only", "-q", "-m", "cuda", *options, *TESTS)
+        options = ["-m", "cuda"]
+        if find_spec("mooncake") is None:  # other hosts are read through it
+            options += ["-k", "not mooncake", "--ignore=tests/remote"]
+        places = [place for place in TESTS if f"--ignore={place}" not in options]
+        listed = self._run("-m", "pytest", "--collect-only", "-q", *options, *places)
         files = sorted({line.partition("::")[0] for line in listed.output.splitlines() if "::" in line})
         if listed.status or not files:
             yield Row("tests", "collection", passed=False, detail=listed.last_line)
         for file in files:
             report = self._directory / "tests.xml"
             report.unlink(missing_ok=True)
-            done = _run("-m", "pytest", "-q", "-m", "cuda", *options, f"--junitxml={report}", file)
+            done = self._run("-m", "pytest", "-q", *options, f"--junitxml={report}", file)
             if not report.exists():
                 yield Row("tests", file, passed=False, detail=done.last_line)
                 continue
@@ -107,22 +140,22 @@ class Check:
 
     def processes(self) -> Iterator[Row]:
         """A process stores from a GPU into its own segment, another loads from it; every byte is compared."""
-        done = _run("tests/test_cross_gpu_store_retrieve.py")
+        done = self._run("tests/test_cross_gpu_store_retrieve.py")
         yield Row("processes", "store in one, load in another", done.status == 0, done.last_line)
 
     def demo(self) -> Iterator[Row]:
-        done = _run("-m", "vcache.cli", "demo", "--no-llm")
+        done = self._run("-m", "vcache.cli", "demo", "--no-llm")
         yield Row("demo", "vcache demo --no-llm", done.status == 0, done.last_line)
 
     def bandwidth(self) -> Iterator[Row]:
         """``vcache bench gpu``: a row for each figure, failed where a bar was missed."""
         report = self._directory / "bandwidth.json"
-        done = _run("-m", "benchmarks", "gpu", "--json", str(report), *(["--quick"] if self._quick else []))
+        done = self._run("-m", "benchmarks", "gpu", "--json", str(report), *(["--quick"] if self._quick else []))
         if not report.exists():
             yield Row("bandwidth", "vcache bench gpu", passed=False, detail=done.last_line)
             return
-        self.figures = json.loads(report.read_text())
-        for figure in self.figures["results"]:
+        self._found.figures = json.loads(report.read_text())
+        for figure in self._found.figures["results"]:
             detail = f"{figure['median']:.4g} {figure['unit']}"
             if figure["ratio"] is not None:
                 detail += f", {figure['ratio']:.3g} of {figure['against']}" + (
@@ -139,8 +172,15 @@ class Check:
             return
         for tool in ("memcheck", "racecheck"):
             command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
-            done = _run("-m", "pytest", "-q", "-m", "cuda", "--timeout", str(LIMIT_S), KERNELS, before=command)
+            done = self._run("-m", "pytest", "-q", "-m", "cuda", KERNELS, before=command)
             yield Row("sanitizer", tool, done.status == 0, done.last_line)
+
+    def _run(self, *arguments: str, before: Sequence[str] = ()) -> Done:
+        """As ``run``, in what is left of the step's time; the end of what a failure said is kept."""
+        done = run(*arguments, before=before, limit_s=self._deadline - time.monotonic())
+        if done.status:
+            self._found.outputs[" ".join(arguments)] = done.output[-KEPT_CHARS:]
+        return done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,35 +197,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := what_is_missing():
         print(f"gpu-check: {missing}", file=sys.stderr)
         return EXIT_MISSING
-    rows: list[Row] = []
+    found = Found(machine())
     with tempfile.TemporaryDirectory(prefix="vcache-gpu-check-") as directory:
-        check = Check(Path(directory), quick=options.quick)
+        check = Check(Path(directory), found, quick=options.quick)
         for step in options.steps or STEPS:
-            begin = time.monotonic()
-            for row in getattr(check, step)():
-                rows.append(row)
+            for row in check.step(step):
+                found.rows.append(row)
                 print(f"{'passed' if row.passed else 'FAILED'}  {row.step:10} {row.case}  {row.detail}", flush=True)
-            print(f"        {step}: {time.monotonic() - begin:.0f} s", flush=True)
-    if options.json:
-        found = {"machine": machine(), "rows": [asdict(row) for row in rows], "figures": check.figures}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(as_markdown(rows))
-    failed = [row for row in rows if not row.passed]
-    print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
-    return EXIT_FAILED if failed else 0
+            if options.json:
+                options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+            if options.markdown:
+                options.markdown.write_text(as_markdown(found.rows))
+    show(found.rows)
+    for row in found.failed:
+        print(f"FAILED  {row.step:10} {row.case}  {row.detail}")
+    print(f"{len(found.rows) - len(found.failed)} passed, {len(found.failed)} failed")
+    return EXIT_FAILED if found.failed else 0
 
 
 def what_is_missing() -> str:
     """Why nothing can be checked here; empty if it can."""
     if absent := [name for name in NEEDED if not _is_there(name)]:
         return f"these packages are missing: {', '.join(absent)}"
-    done = _run("-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
+    done = run("-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)")
     if done.status or done.last_line == "0":
         return "torch sees no CUDA device here; `vcache doctor` says why"
     libraries = ("vcache.transfer._copy_blocks", "vcache.pool._shared_index")
     if any(find_spec(name) is None for name in libraries):
-        built = _run("setup.py", "build_ext", "--inplace")
+        built = run("setup.py", "build_ext", "--inplace")
         if built.status:
             return f"the functions in C cannot be built: {built.last_line}"
     return ""
@@ -204,7 +243,7 @@ def machine() -> dict[str, str]:
         "import json, torch, triton, cuda.bindings; print(json.dumps({'gpu': torch.cuda.get_device_name(0), 'torch': torch.__version__, "
         "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cuda-bindings': cuda.bindings.__version__}))"
     )
-    found: dict[str, str] = json.loads(_run("-c", code).last_line)
+    found: dict[str, str] = json.loads(run("-c", code).last_line)
     driver = Path("/proc/driver/nvidia/version")
     found["driver"] = driver.read_text().splitlines()[0].strip() if driver.exists() else "unknown"
     return {**found, "date": datetime.now(tz=UTC).date().isoformat()}
@@ -218,10 +257,28 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(*arguments: str, before: Sequence[str] = ()) -> Done:
-    """Runs this Python with ``arguments`` in the checkout; what it left behind is killed with it."""
+def show(rows: Sequence[Row]) -> None:
+    """One table: as wide as the terminal, in Markdown where there is none."""
+    if not sys.stdout.isatty():
+        print(as_markdown(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("step", "case", "result", "")
+    for row in rows:
+        result = Text("passed", "green") if row.passed else Text("failed", "bold red")
+        table.add_row(row.step, Text(row.case), result, Text(row.detail))
+    Console().print(table)
+
+
+def run(*arguments: str, before: Sequence[str] = (), limit_s: float = PREPARING_S) -> Done:
+    """Runs this Python with ``arguments`` in the checkout, for at most so long; what it left behind is killed with it."""
+    if limit_s <= 0:
+        return Done(TOO_LONG, "not begun: no time was left")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             [*before, sys.executable, *arguments],
             cwd=ROOT,
@@ -232,15 +289,16 @@ def _run(*arguments: str, before: Sequence[str] = ()) -> Done:
             start_new_session=True,
         )
         try:
-            status = process.wait(LIMIT_S)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            status = 124
+            status = TOO_LONG
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         output.seek(0)
-        return Done(status, output.read())
+        said = output.read()
+        return Done(status, f"{said}\nnot done after {limit_s:.0f} s" if status == TOO_LONG else said)
 
 
 if __name__ == "__main__":
