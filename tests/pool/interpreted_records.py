@@ -1,26 +1,20 @@
-"""The kernels on records against ``records.Directory``, under Triton's interpreter: ``test_record_kernels.py`` runs this in a child process.
-
-The interpreter knows no assembly, so what the two instructions that the kernels use do is said here.
-"""
+"""The kernels on records against ``records.Directory``, under Triton's interpreter: ``test_record_kernels.py`` runs this in a child process."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction
 
+from tests.pool.assembly import interpreted_assembly
 from vcache.memory.host import HostMemory
 from vcache.pool import record_kernels
 from vcache.pool.enqueued_records import EnqueuedRead, EnqueuedWrite
-from vcache.pool.record_kernels import LOAD_ACQUIRE, STORE_RELEASE
 from vcache.pool.records import GENERATION, KEY, LAYOUT, RECORD_WORDS, RunFields, pack
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
@@ -32,25 +26,9 @@ HOST = torch.device("cpu")
 WORD = st.integers(0, (1 << 64) - 1)
 
 
-def _assembly(
-    self: object, text: str, constraints: str, values: list[Any], types: Any, is_pure: bool, pack: int
-) -> Any:
-    addresses, *others, wanted = (value.data.ravel() for value in values)
-    result = np.zeros(values[0].data.shape, dtype=np.int64 if text == LOAD_ACQUIRE.value else np.int32)
-    for at in np.flatnonzero(wanted).tolist():
-        word = ctypes.c_int64.from_address(int(addresses[at]))
-        if text == LOAD_ACQUIRE.value:
-            result.ravel()[at] = word.value
-        else:
-            assert text == STORE_RELEASE.value
-            word.value = int(others[0][at])
-    return SimpleNamespace(get_result=lambda _: TensorHandle(result, types[0].scalar))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def assembly() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_inline_asm", _assembly)
+    with interpreted_assembly():
         yield
 
 

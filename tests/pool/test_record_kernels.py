@@ -24,7 +24,8 @@ def steps(kernel: object, *addresses: str) -> list[str]:
 
 
 def test_they_do_what_the_host_does_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pool/interpreted_records.py"]
+    files = ["tests/pool/interpreted_records.py", "tests/pool/test_copies_by_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = child_environment(extra={"TRITON_INTERPRET": "1"})
     child = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout + child.stderr

@@ -157,9 +157,7 @@ class PendingRead:
             scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
 
         layout, threads = kv.payload_layout, self._client.config.transfer.threads
-        by_kernel: set[int] = set()
-        if kv.device.type == "cuda":
-            by_kernel = {part.number for part in self._parts if part.segment.tensor.device == kv.device}
+        by_kernel = {part.number for part in self._parts if part.segment.is_copied_by_kernels(kv.device)}
         self._cut(kv.payload_bytes(block_ids.shape[1]), layout, besides=by_kernel)
         for part in self._parts:
             if part.number in by_kernel:

@@ -105,6 +105,10 @@ class Segment:
         """All of it as uint8 ``[nbytes]``, no copy; placements' offsets count from its beginning."""
         return self.memory.tensor
 
+    def is_copied_by_kernels(self, device: torch.device) -> bool:
+        """Whether kernels make the copies between planes on ``device`` and this segment."""
+        return not self.is_on_host and self.tensor.device == device
+
     def begin_incarnation(self) -> None:
         """A new life for the donor's segment: every committed record is retired, the header tells others apart.
 

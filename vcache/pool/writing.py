@@ -119,7 +119,7 @@ class PendingWrite:
         self._parent = parent
         self._chained = chained
         self._run = run
-        self._device = device if device is not None and device.type == "cuda" else None
+        self._device = device
         self._uses: dict[int, Use] = {}
         self._parts: list[_Part] = []
         #: By number, the segments whose records kernels mark and commit; None: not yet.
@@ -160,8 +160,9 @@ class PendingWrite:
 
         Where a kernel is to copy, ``copy_from`` does that, and ``complete`` gives back.
         """
-        if self._device is not None:
-            self._enqueued = {part.number: None for part in self._parts if part.segment.tensor.device == self._device}
+        device = self._device
+        if device is not None:
+            self._enqueued = {part.number: None for part in self._parts if part.segment.is_copied_by_kernels(device)}
         rows = self._rows()
         refused: list[int] = []
         for part in self._parts:

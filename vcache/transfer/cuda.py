@@ -14,7 +14,7 @@ import torch
 
 from vcache.paged_kv import PagedKV
 from vcache.transfer import triton_kernels
-from vcache.transfer.arguments import rooms_of
+from vcache.transfer.arguments import on, rooms_of
 from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
 from vcache.transfer.triton_kernels import PlaneTable
 
@@ -49,8 +49,9 @@ class _Launcher:
 
     def __init__(self, kv: PagedKV) -> None:
         self.table = PlaneTable(kv)
-        properties = torch.cuda.get_device_properties(kv.device)
-        self.programs: int = properties.multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+        self.programs = PROGRAMS_PER_MULTIPROCESSOR
+        if kv.device.type == "cuda":  # else under Triton's interpreter
+            self.programs *= torch.cuda.get_device_properties(kv.device).multi_processor_count
 
 
 _launchers: WeakKeyDictionary[PagedKV, _Launcher] = WeakKeyDictionary()
@@ -78,7 +79,7 @@ def _enqueue(
     ids, payloads = copy.block_ids, copy.offsets + segment.data_ptr()
     count = ids.size + payloads.size
     # The planes' device, not the segment's: torch labels memory opened over IPC with its exporter's.
-    with torch.cuda.device(kv.device):
+    with on(kv.device):
         launcher, rooms = _launcher(kv), rooms_of(kv.device)
         room = rooms.take(count)
         room.words[: ids.size] = ids.ravel()
