@@ -86,7 +86,10 @@ def device_uuid(ordinal: int) -> str:
 
 def device_ordinal(device: str) -> int:
     """What this process calls ``device`` ("cuda:0", or a UUID). Raises ``UnavailableError`` when it cannot see it."""
-    visible = device_count()
+    try:
+        visible = device_count()
+    except UnavailableError as error:
+        raise UnavailableError(f"device {device!r}: {error}") from error
     if device.startswith("cuda"):
         ordinal = int(device.partition(":")[2] or 0)
         if ordinal < visible:
