@@ -8,8 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -83,25 +82,30 @@ def start_worker(processes: Processes) -> Callable[..., Worker]:
 
 
 @pytest.fixture(scope="package")
-def lasting_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VCacheConfig]:
-    """A server and one donor that serve all tests of this package which kill neither."""
-    directory = Path(tempfile.mkdtemp(prefix="vct-", dir="/dev/shm"))
-    processes = Processes(tmp_path_factory.mktemp("pool"))
-    try:
-        config = VCacheConfig(runtime_dir=str(directory))
-        processes.server(config)
-        donate(processes, config)
-        yield config
-    finally:
-        processes.close()
-        shutil.rmtree(directory)
+def lasting_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], VCacheConfig]]:
+    """A server and one donor, on a device, that serve all tests of this package which kill neither; a pool for each device."""
+    with ExitStack() as stack:
+
+        @cache
+        def lasting(device: str) -> VCacheConfig:
+            directory = tempfile.mkdtemp(prefix="vct-", dir="/dev/shm")
+            stack.callback(shutil.rmtree, directory)
+            processes = Processes(tmp_path_factory.mktemp("pool"))
+            stack.callback(processes.close)
+            config = VCacheConfig(runtime_dir=directory)
+            processes.server(config)
+            donate(processes, config, device=device)
+            return config
+
+        yield lasting
 
 
 @pytest.fixture
-def pool(lasting_pool: VCacheConfig) -> Iterator[VCacheConfig]:
-    """A server and one donor, empty at the beginning of the test."""
-    yield lasting_pool
-    with VCacheEngine(lasting_pool, model=model_of(), role="scheduler") as engine:
+def pool(request: pytest.FixtureRequest, lasting_pools: Callable[[str], VCacheConfig]) -> Iterator[VCacheConfig]:
+    """A server and one donor, empty at the beginning of the test; on the ``device`` of tests that have one."""
+    config = lasting_pools(request.getfixturevalue("device") if "device" in request.fixturenames else "cpu:0")
+    yield config
+    with VCacheEngine(config, model=model_of(), role="scheduler") as engine:
         engine.clear()
         assert engine.get_stats()["server_entries"] == 0
 

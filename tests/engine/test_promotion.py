@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -304,14 +305,15 @@ def test_a_donor_that_dies_takes_what_was_promoted_to_it_and_nothing_else(
 
 
 @pytest.fixture
-def two_tiers(start_server, start_donor, open_engine) -> VCacheEngine:
+def two_tiers(start_server, start_donor, open_engine, device, monkeypatch) -> VCacheEngine:
     """A pool whose chunks are in a segment of tier dram, beside an empty one of tier vram on the engine's device."""
+    monkeypatch.setattr(f"{__name__}.new_tensors", partial(new_tensors, device=device))
     config, _ = start_server()
     start_donor(config)
-    engine: VCacheEngine = open_engine(config)
+    engine: VCacheEngine = open_engine(config, device=device)
     store(engine)
     donor_config = VCacheConfig(**config.model_dump() | {"segment": {"tier": "vram"}})
-    start_donor(donor_config)
+    start_donor(donor_config, device=device)
     return engine
 
 
