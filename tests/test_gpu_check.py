@@ -14,7 +14,7 @@ from benchmarks.gpu import ONE_WAY, RETRIEVE, ROUND_TRIP, STORE, Sizes, run_on
 from benchmarks.gpu_stages import COPY, KEYS, LAUNCH, SERVER, WHOLE
 from benchmarks.measure import Effort
 from tests.support.processes import PATIENCE_S, REPOSITORY, child_environment
-from tools.gpu_check import EXIT_MISSING, STEPS, TESTS, TOO_LONG, Check, Found, Row, as_markdown, main, run
+from tools.gpu_check import ALONE, EXIT_MISSING, STEPS, TESTS, TOO_LONG, Check, Found, Row, as_markdown, main, run
 
 ON_A_GPU = torch.cuda.is_available()
 
@@ -47,6 +47,8 @@ def test_every_test_that_needs_a_gpu_is_among_those_it_runs():
     marked = [path for path in (root / "tests").rglob("test_*.py") if "mark.cuda" in path.read_text()]
     elsewhere = [path for path in marked if not any(path.is_relative_to(root / place) for place in TESTS)]
     assert marked and [path for path in elsewhere if path != Path(__file__)] == []
+    measuring = {str(path.relative_to(root)) for path in marked + elsewhere if "mem_get_info" in path.read_text()}
+    assert measuring - {"tests/test_gpu_check.py"} <= set(ALONE), "these must have the device to themselves"
 
 
 @pytest.mark.skipif(ON_A_GPU, reason="they would not be skipped")

@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +38,9 @@ NEEDED: Final = (
 TESTS: Final = (
     "tests/memory", "tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py",
 )  # fmt: skip
+#: They look at the memory of the whole device.
+ALONE: Final = ("tests/engine/test_device_faults.py", "tests/memory/test_beside_torch.py")
+FILES_AT_ONCE: Final = 4
 KERNELS: Final = "tests/transfer/test_cuda_copies.py"
 #: What each may take, in seconds; far more than it should. Together they should take about ten minutes.
 STEPS: Final = {"doctor": 60, "tests": 480, "processes": 60, "demo": 120, "bandwidth": 300, "sanitizer": 300}
@@ -112,7 +117,7 @@ class Check:
                 yield Row("doctor", finding["about"], finding["state"] != "problem", finding["detail"])
 
     def tests(self) -> Iterator[Row]:
-        """The tests that need a GPU, a process for each file."""
+        """The tests that need a GPU, a process for each file, a few at a time."""
         options = ["-m", "cuda"]
         if find_spec("mooncake") is None:  # other hosts are read through it
             options += ["-k", "not mooncake", "--ignore=tests/remote"]
@@ -121,22 +126,25 @@ class Check:
         files = sorted({line.partition("::")[0] for line in listed.output.splitlines() if "::" in line})
         if listed.status or not files:
             yield Row("tests", "collection", passed=False, detail=listed.last_line)
+        beside_others = [file for file in files if file not in ALONE]
+        with ThreadPoolExecutor(max(1, min(FILES_AT_ONCE, (os.cpu_count() or 1) // 4))) as threads:
+            for rows in threads.map(partial(self._tests_of, options), beside_others):
+                yield from rows
         for file in files:
-            report = self._directory / "tests.xml"
-            report.unlink(missing_ok=True)
-            done = self._run("-m", "pytest", "-q", *options, f"--junitxml={report}", file)
-            if not report.exists():
-                yield Row("tests", file, passed=False, detail=done.last_line)
-                continue
-            for case in ET.parse(report).iter("testcase"):
-                name = f"{Path(file).stem}: {case.get('name')}"
-                bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
-                yield Row(
-                    "tests",
-                    name,
-                    not bad,
-                    str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s",
-                )
+            if file in ALONE:
+                yield from self._tests_of(options, file)
+
+    def _tests_of(self, options: Sequence[str], file: str) -> list[Row]:
+        report = self._directory / f"{file.replace('/', '.')}.xml"
+        done = self._run("-m", "pytest", "-q", *options, f"--junitxml={report}", file)
+        if not report.exists():
+            return [Row("tests", file, passed=False, detail=done.last_line)]
+        rows = []
+        for case in ET.parse(report).iter("testcase"):
+            bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+            detail = str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s"
+            rows.append(Row("tests", f"{Path(file).stem}: {case.get('name')}", not bad, detail))
+        return rows
 
     def processes(self) -> Iterator[Row]:
         """A process stores from a GPU into its own segment, another loads from it; every byte is compared."""
