@@ -69,6 +69,11 @@ class WorkerSide:
             donate="auto" if self._options.donate else None,
         )
         self._engine.register_kv_caches(kv)
+        if kv.device.type == "cuda":
+            from vcache.pool.enqueued_records import compile_for  # needs triton
+
+            with self._failures.contained("compile"):  # here, and not in a forward pass
+                compile_for(kv)
         loading, storing = (Lane(name, kv.device, self._failures) for name in ("load", "store"))
         reserving = Lane("reserve", torch.device("cpu"), self._failures)
         self._lanes = [loading, reserving, storing]

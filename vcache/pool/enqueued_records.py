@@ -18,13 +18,25 @@ from vcache.memory.base import IndexArray, WordArray
 from vcache.pool import record_kernels
 from vcache.pool.record_kernels import COMMITTED, HELD, OF_LAYOUT, REFUSED
 from vcache.pool.records import RECORD_BYTES, RECORD_WORDS
+from vcache.transfer import cuda
 from vcache.transfer.arguments import on, rooms_of
 
 if TYPE_CHECKING:
+    from vcache.paged_kv import PagedKV
     from vcache.pool.segment import Segment
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+
+def compile_for(kv: PagedKV) -> None:
+    """Compiles all kernels that reads and writes of these planes need: seconds, where nobody has done so on this machine before.
+
+    Otherwise the first calls do that, on the threads that make them.
+    """
+    with on(kv.device):
+        record_kernels.compile_all()
+    cuda.compile_for(kv)
 
 
 class _Enqueued:

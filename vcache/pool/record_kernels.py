@@ -27,6 +27,8 @@ import triton.language as tl
 from vcache.pool.records import GENERATION, KEY, LAYOUT, RECORD_WORDS
 
 RECORDS: Final = 32
+#: Of 64 bits, as all are.
+_SOME_ADDRESS: Final = 1 << 40
 #: What is at a record, by ``commit``'s verdict.
 REFUSED, LOST, COMMITTED = 0, 1, 2
 #: Bits of ``validate``'s verdict.
@@ -113,6 +115,12 @@ def validate_kernel(arguments, verdicts, count):  # type: ignore[no-untyped-def]
     tl.store(
         verdicts.to(tl.pointer_type(tl.int64)) + at, is_held.to(tl.int64) + 2 * is_of_layout.to(tl.int64), mask=is_one
     )
+
+
+def compile_all() -> None:
+    """Compiles them for the current device, so that the first calls do not have to wait for it. Launches nothing."""
+    for kernel, addresses in ((mark_kernel, 2), (commit_kernel, 3), (validate_kernel, 2)):
+        kernel.warmup(*[_SOME_ADDRESS] * addresses, 1, grid=(1,), num_warps=1)
 
 
 def mark(arguments: torch.Tensor, marked: torch.Tensor, count: int) -> None:

@@ -44,6 +44,12 @@ def scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: 
     _enqueue(triton_kernels.scatter, kv, copy, segment)
 
 
+def compile_for(kv: PagedKV) -> None:
+    """Compiles the kernels that copies of these planes need, which takes seconds where nobody has done so before."""
+    with on(kv.device):
+        triton_kernels.compile_for(_launcher(kv).table)
+
+
 class _Launcher:
     """What is made once for a ``PagedKV``: its plane table and the number of programs."""
 
@@ -82,17 +88,19 @@ def _enqueue(
     with on(kv.device):
         launcher, rooms = _launcher(kv), rooms_of(kv.device)
         room = rooms.take(count)
-        room.words[: ids.size] = ids.ravel()
-        room.words[ids.size : count] = payloads
-        arguments = room.on_device[:count]  # read by every program: not over the bus each time
-        arguments.copy_(room.pinned[:count], non_blocking=True)
-        launch(
-            launcher.table,
-            arguments[: ids.size].view(ids.shape),
-            arguments[ids.size :],
-            int(np.gcd.reduce(payloads)),
-            launcher.programs,
-            wanted,
-        )
-        room.done.record()
-    rooms.give_back(room)
+        try:
+            room.words[: ids.size] = ids.ravel()
+            room.words[ids.size : count] = payloads
+            arguments = room.on_device[:count]  # read by every program: not over the bus each time
+            arguments.copy_(room.pinned[:count], non_blocking=True)
+            launch(
+                launcher.table,
+                arguments[: ids.size].view(ids.shape),
+                arguments[ids.size :],
+                int(np.gcd.reduce(payloads)),
+                launcher.programs,
+                wanted,
+            )
+        finally:
+            room.done.record()
+            rooms.give_back(room)

@@ -22,6 +22,8 @@ from vcache.paged_kv import PagedKV
 LARGEST_TILE_BYTES = 16 << 10
 SMALLEST_TILE_BYTES = 2 << 10
 NUM_WARPS = 4
+#: Of payloads in segments, at least: nothing is wider than 16 bytes.
+ALIGNMENT = 16
 #: The word for each alignment; two int64 make a 16-byte access.
 WORDS = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
@@ -60,10 +62,12 @@ def _copy_tile(  # type: ignore[no-untyped-def]
     tl.store(target + at, tl.load(source + at, mask=at < words), mask=at < words)
 
 
-_COUNTS = ["tiles", "tiles_per_row", "num_planes", "per_chunk"]  # not worth a compilation each
+# Not worth a compilation each: counts, and whether tables happen to begin at a multiple of 16.
+_COUNTS = ["tiles", "tiles_per_row", "num_planes", "per_chunk"]
+_TABLES = ["table", "block_ids", "payloads", "wanted"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def gather_kernel(  # type: ignore[no-untyped-def]
     table,
     block_ids,
@@ -77,7 +81,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     alignment: tl.constexpr,
     tile_words: tl.constexpr,
 ):
-    """Blocks to payloads; see ``_launch`` for the arguments."""
+    """Blocks to payloads; see ``_arguments``."""
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         in_plane, in_payload, nbytes = _row_of_tile(
             tile, tiles_per_row, table, block_ids, payloads, wanted, num_planes, per_chunk
@@ -85,7 +89,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         _copy_tile(in_plane, in_payload, nbytes, tile % tiles_per_row, word, alignment, tile_words)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def scatter_kernel(  # type: ignore[no-untyped-def]
     table,
     block_ids,
@@ -99,7 +103,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     alignment: tl.constexpr,
     tile_words: tl.constexpr,
 ):
-    """Payloads to blocks; see ``_launch`` for the arguments."""
+    """Payloads to blocks; see ``_arguments``."""
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         in_plane, in_payload, nbytes = _row_of_tile(
             tile, tiles_per_row, table, block_ids, payloads, wanted, num_planes, per_chunk
@@ -159,8 +163,16 @@ def scatter(
 
 def word_and_alignment(table: PlaneTable, payload_alignment: int) -> tuple[tl.dtype, int]:
     """The widest word that fits every address and length, and the power of two up to 16 that divides them all."""
-    alignment = gcd(table.alignment, payload_alignment, 16)
+    alignment = gcd(table.alignment, payload_alignment, ALIGNMENT)
     return WORDS[alignment], alignment
+
+
+def compile_for(table: PlaneTable) -> None:
+    """Compiles what copies of these planes need, so that the first ones do not have to wait for it. Launches nothing."""
+    one: torch.Tensor = torch.zeros((1, 1), dtype=torch.int64, device=table.rows.device)
+    for kernel, wanted in ((gather_kernel, None), (gather_kernel, one[0]), (scatter_kernel, None)):
+        positional, named, _ = _arguments(table, one, one[0], ALIGNMENT, wanted)
+        kernel.warmup(*positional, grid=(1,), **named)
 
 
 def _launch(
@@ -172,24 +184,20 @@ def _launch(
     programs: int,
     wanted: torch.Tensor | None,
 ) -> None:
-    """Cut the rows into tiles and share them out among the programs."""
+    positional, named, tiles = _arguments(table, block_ids, payloads, alignment, wanted)
+    kernel[(min(programs, tiles),)](*positional, **named)
+
+
+def _arguments(
+    table: PlaneTable, block_ids: torch.Tensor, payloads: torch.Tensor, alignment: int, wanted: torch.Tensor | None
+) -> tuple[list[Any], dict[str, Any], int]:
+    """Cuts the rows into tiles: a kernel's positional and named arguments, and how many tiles there are."""
     num_planes = len(table.rows)
     chunks, per_chunk = block_ids.shape
     tile_bytes = min(LARGEST_TILE_BYTES, max(SMALLEST_TILE_BYTES, triton.next_power_of_2(table.largest_block_bytes)))
     tiles_per_row = -(-table.largest_block_bytes // tile_bytes)
     tiles = chunks * num_planes * per_chunk * tiles_per_row
     word, alignment = word_and_alignment(table, alignment)
-    kernel[(min(programs, tiles),)](
-        table.rows,
-        block_ids,
-        payloads,
-        wanted,
-        tiles,
-        tiles_per_row,
-        num_planes,
-        per_chunk,
-        word=word,
-        alignment=alignment,
-        tile_words=tile_bytes // (word.primitive_bitwidth // 8),
-        num_warps=NUM_WARPS,
-    )
+    positional = [table.rows, block_ids, payloads, wanted, tiles, tiles_per_row, num_planes, per_chunk]
+    tile_words = tile_bytes // (word.primitive_bitwidth // 8)
+    return positional, {"word": word, "alignment": alignment, "tile_words": tile_words, "num_warps": NUM_WARPS}, tiles
