@@ -1,6 +1,6 @@
 """A process with a GPU that maps a segment as it is told: ``python -m tests.memory.mapping_process RUNTIME_DIR PLACE``, a command a line.
 
-``PLACE`` is where the segment is, "host" or "vram"; it is this process's own, which maps it once more, as another would (by a VMM
+``PLACE`` is where the segment is, "host", "vram" or "peer", which is another GPU; it is this process's own, which maps it once more, as another would (by a VMM
 handle that is possible). ``use``, ``release`` (the last use), ``read``, ``drop``, ``idle SECONDS`` (a look at the clock), ``close``:
 each answered by ``done`` or what it found.
 """
@@ -33,7 +33,8 @@ def main() -> None:
     if place == "host":
         memory = HostMemory.create(runtime, segment_id, 2 * MIB)
     else:
-        memory = CudaMemory.create(runtime, segment_id, 2 * MIB, device="cuda:0", handles="vmm")
+        device = "cuda:1" if place == "peer" else "cuda:0"
+        memory = CudaMemory.create(runtime, segment_id, 2 * MIB, device=device, handles="vmm")
     segment = Segment.create(memory, segment_id)
     segment.memory.words.store(segment.data_offset // 8, 4711)
     segment.fence()

@@ -66,3 +66,15 @@ def test_where_host_memory_cannot_be_pinned_it_is_used_as_it_is(start):
     assert "cuMemHostUnregister" not in process.calls()
     assert process.child.running
     assert "are not pinned (cuMemHostRegister" in process.child.report()
+
+
+def test_where_the_way_to_a_peer_cannot_be_measured_it_is_used_all_the_same(start):
+    """The stand-in is no driver for torch."""
+    process = start("peer")
+    assert process.ask("use") == "used"
+    until(lambda: "map segments failed" in process.child.report(), "it was tried")
+    assert process.ask("read") == "4711"
+    process.ask("release")
+    assert process.ask("drop") == "done"
+    until(lambda: "cuMemUnmap" in process.calls(), "it is given up")
+    assert process.child.running

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vcache.memory.cuda_driver import on_device
+from vcache.memory.copying import aside_on
 from vcache.paged_kv import PagedKV
 from vcache.transfer import staged
 from vcache.transfer.checks import check_scatter
@@ -112,7 +112,7 @@ def measured(segment: torch.Tensor, start: int) -> Seconds:
     device = segment.device
     blocks = min(PROBE_BYTES, segment.numel() - start) // PROBE_BLOCK_BYTES
     ids, offsets = np.arange(blocks)[None, :], np.array([start])
-    with on_device(device.index), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+    with aside_on(device):
         planes = torch.empty((max(1, blocks), PROBE_BLOCK_BYTES), dtype=torch.uint8, device=device)
         kv = PagedKV([planes], block_size=1)
         copy = check_scatter(kv, ids, segment, offsets)
