@@ -24,7 +24,7 @@ def steps(kernel: object, *addresses: str) -> list[str]:
 
 
 def test_they_do_what_the_host_does_under_the_interpreter() -> None:
-    files = ["tests/pool/interpreted_records.py", "tests/pool/test_copies_by_kernels.py"]
+    files = ["tests/pool/test_enqueued_records.py", "tests/pool/test_copies_by_kernels.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = child_environment(extra={"TRITON_INTERPRET": "1"})
     child = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -1,7 +1,11 @@
-"""The kernels on records against ``records.Directory``, under Triton's interpreter: ``test_record_kernels.py`` runs this in a child process."""
+"""The kernels on records against a host's directory, over random ones: on a GPU, and under Triton's interpreter.
+
+For the interpreter ``test_record_kernels.py`` runs this in a child process.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpretedFunction
 
-from tests.pool.assembly import interpreted_assembly
+from vcache.memory.base import Memory
 from vcache.memory.host import HostMemory
 from vcache.pool import record_kernels
 from vcache.pool.enqueued_records import EnqueuedRead, EnqueuedWrite
@@ -20,26 +24,39 @@ from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
 from vcache.transfer.arguments import rooms_of
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PLACES = ["cpu"] if IS_INTERPRETED else [pytest.param("cuda:0", marks=pytest.mark.cuda)]
 #: More than a program sees to.
 RECORDS = 70
-HOST = torch.device("cpu")
 WORD = st.integers(0, (1 << 64) - 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def assembly() -> Iterator[None]:
+    if not IS_INTERPRETED:
+        yield
+        return
+    from tests.pool.assembly import interpreted_assembly
+
     with interpreted_assembly():
         yield
 
 
-@pytest.fixture(scope="module")
-def segments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Segment]]:
+@pytest.fixture(scope="module", params=PLACES)
+def segments(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Segment]]:
     """One for the kernels, one for the host's way."""
     runtime = RuntimeDir(tmp_path_factory.mktemp("runtime"))
-    made = []
-    for owner in (b"k", b"h"):
-        memory = HostMemory.create(runtime, owner * 16, 1 << 20)
-        made.append(Segment.create(memory, owner * 16, records=RECORDS))
+    memory: Memory
+    if IS_INTERPRETED:
+        memory = HostMemory.create(runtime, b"k" * 16, 1 << 20)
+    else:
+        from vcache.memory.cuda import CudaMemory
+
+        memory = CudaMemory.create(runtime, b"k" * 16, 1 << 20, device=request.param)
+    made = [
+        Segment.create(memory, b"k" * 16, records=RECORDS),
+        Segment.create(HostMemory.create(runtime, b"h" * 16, 1 << 20), b"h" * 16, records=RECORDS),
+    ]
     yield made
     for segment in made:
         segment.close()
@@ -76,12 +93,16 @@ class Case:
 
     def show(self, segments: list[Segment]) -> None:
         for segment in segments:
-            directory_of(segment)[:] = self.image
+            bytes_of_directory(segment).copy_(torch.from_numpy(self.image.view(np.uint8).ravel()))
+
+
+def bytes_of_directory(segment: Segment) -> torch.Tensor:
+    start = segment.directory_address - segment.memory.address
+    return segment.tensor[start : start + RECORDS * RECORD_WORDS * 8]
 
 
 def directory_of(segment: Segment) -> np.ndarray:
-    start = segment.directory_address - segment.memory.address
-    words = segment.tensor.numpy()[start : start + RECORDS * RECORD_WORDS * 8].view(np.uint64)
+    words = bytes_of_directory(segment).cpu().numpy().view(np.uint64)
     return words.reshape(RECORDS, RECORD_WORDS)
 
 
@@ -93,7 +114,7 @@ CASES = given(st.builds(Case, st.integers(0, 1 << 32), st.integers(1, RECORDS), 
 def test_records_are_marked_and_committed_as_on_a_host(segments: list[Segment], case: Case) -> None:
     case.show(segments)
     by_kernels, by_host = segments
-    write = EnqueuedWrite(by_kernels, case.records, case.rows, device=HOST)
+    write = EnqueuedWrite(by_kernels, case.records, case.rows, device=segments[0].tensor.device)
     wanted = write.mark()
     marked = by_host.mark(case.records.tolist(), case.rows)
     assert wanted.tolist() == marked
@@ -121,7 +142,9 @@ def test_records_are_marked_and_committed_as_on_a_host(segments: list[Segment], 
 def test_records_are_validated_as_on_a_host(segments: list[Segment], case: Case) -> None:
     case.show(segments)
     by_kernels, by_host = segments
-    read = EnqueuedRead(by_kernels, case.records, case.generations, case.keys, layout=case.layout, device=HOST)
+    read = EnqueuedRead(
+        by_kernels, case.records, case.generations, case.keys, layout=case.layout, device=segments[0].tensor.device
+    )
     read.copied()
     read.validate()
     held, of_layout = read.outcome()
@@ -138,18 +161,20 @@ def test_a_record_beyond_the_directory_is_an_error_not_another_ones_memory(
     case = Case(1, 2, 0)
     case.records[1] = record
     with pytest.raises(IndexError, match=f"the directory has {RECORDS}"):
-        EnqueuedWrite(segments[0], case.records, case.rows, device=HOST)
+        EnqueuedWrite(segments[0], case.records, case.rows, device=segments[0].tensor.device)
 
 
 def test_a_room_goes_to_the_next_call_once_its_own_has_ended(segments: list[Segment]) -> None:
     case = Case(1, 5, 0)
-    first, second = (EnqueuedWrite(segments[0], case.records, case.rows, device=HOST) for _ in range(2))
-    rooms = rooms_of(HOST)
+    first, second = (
+        EnqueuedWrite(segments[0], case.records, case.rows, device=segments[0].tensor.device) for _ in range(2)
+    )
+    rooms = rooms_of(segments[0].tensor.device)
     assert first._room is not second._room
     first.end()
     assert rooms.take(1) is first._room
     assert rooms.take(1) not in (first._room, second._room)
 
 
-def test_this_is_the_interpreter() -> None:
-    assert isinstance(record_kernels.mark_kernel, InterpretedFunction)
+def test_this_is_the_interpreter_if_it_was_asked_for() -> None:
+    assert isinstance(record_kernels.mark_kernel, InterpretedFunction) == IS_INTERPRETED
