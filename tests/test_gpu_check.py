@@ -14,7 +14,20 @@ from benchmarks.gpu import ONE_WAY, RETRIEVE, ROUND_TRIP, STORE, Sizes, run_on
 from benchmarks.gpu_stages import COPY, KEYS, LAUNCH, SERVER, WHOLE
 from benchmarks.measure import Effort
 from tests.support.processes import PATIENCE_S, REPOSITORY, child_environment
-from tools.gpu_check import ALONE, EXIT_MISSING, STEPS, TESTS, TOO_LONG, Check, Found, Row, as_markdown, main, run
+from tools.gpu_check import (
+    ALONE,
+    EXIT_MISSING,
+    SANITIZED,
+    STEPS,
+    TESTS,
+    TOO_LONG,
+    Check,
+    Found,
+    Row,
+    as_markdown,
+    main,
+    run,
+)
 
 ON_A_GPU = torch.cuda.is_available()
 
@@ -58,6 +71,15 @@ def test_a_skipped_test_has_not_passed(tmp_path, monkeypatch):
     assert len(rows) == 3 and not any(row.passed for row in rows)
     assert {row.detail for row in rows} == {"no CUDA device here"}
     assert time.passed and time.detail.endswith(f"s, at most {STEPS['tests']}")
+
+
+@pytest.mark.parametrize("tool", SANITIZED)
+def test_what_runs_under_a_sanitizer_is_there(tool):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "cuda", *SANITIZED[tool]]
+    done = subprocess.run(command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"{len(SANITIZED[tool])} tests collected" in done.stdout.replace(
+        "1 test ", "1 tests "
+    )
 
 
 def test_the_step_of_two_processes_works_on_host_devices(tmp_path):
