@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -61,6 +62,23 @@ def test_what_is_removed_and_overwritten_between_the_copy_and_its_end_is_not_loa
     assert reading.complete() == 0
     stats = reader.get_stats()
     assert (stats["hits"], stats["misses"], stats["validation_failures"], stats["failures"]) == (0, 4, 4, 0)
+
+
+def test_what_was_idle_is_unmapped_and_loaded_from_again(start_server, start_donor, open_engine, device, caplog):
+    caplog.set_level(logging.INFO, logger="vcache.pool.mappings")
+    config, _ = start_server(**QUICK, transfer={"unmap_after": "300ms"})
+    start_donor(config, device=device)
+    tensors = new_tensors(NUM_BLOCKS, device=device)
+    fill(tensors, PROMPTS[1], HERE)
+    engine = open_engine(config, device=device, kv_caches=tensors)
+    engine.store(PROMPTS[1], slot_mapping=slots_of(HERE))
+    assert engine.flush()
+    for uses in (1, 2):
+        eventually(lambda uses=uses: caplog.text.count("unmapping segment") == uses, "it was idle")
+        loaded = new_tensors(NUM_BLOCKS, device=device)
+        mask = engine.retrieve(PROMPTS[1], kvcaches=loaded, slot_mapping=slots_of(THERE)).tolist()
+        assert all(mask) and wrong_blocks(loaded, PROMPTS[1], THERE, mask) == []
+    assert engine.get_stats()["failures"] == 0
 
 
 def test_memory_in_use_stays_as_it_is_over_many_cycles(start_server, start_donor, open_engine, device):
