@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +38,8 @@ NEEDED: Final = (
 TESTS: Final = (
     "tests/memory", "tests/pool", "tests/engine", "tests/transfer", "tests/remote", "tests/test_cli_doctor.py",
 )  # fmt: skip
+#: The kinds of handles to VRAM.
+HANDLES: Final = ("vmm", "ipc")
 #: They look at the memory of the whole device.
 ALONE: Final = ("tests/engine/test_device_faults.py", "tests/memory/test_beside_torch.py")
 FILES_AT_ONCE: Final = 4
@@ -151,9 +153,10 @@ class Check:
         return rows
 
     def processes(self) -> Iterator[Row]:
-        """A process stores from a GPU into its own segment, another loads from it; every byte is compared."""
-        done = self._run("tests/test_cross_gpu_store_retrieve.py")
-        yield Row("processes", "store in one, load in another", done.status == 0, done.last_line)
+        """A process stores from a GPU into its own segment, another loads from it; every byte is compared. By each kind of handle."""
+        for kind in HANDLES:
+            done = self._run("tests/test_cross_gpu_store_retrieve.py", extra={"VCACHE_SEGMENT__CUDA_HANDLES": kind})
+            yield Row("processes", f"store in one, load in another, by {kind}", done.status == 0, done.last_line)
 
     def demo(self) -> Iterator[Row]:
         done = self._run("-m", "vcache.cli", "demo", "--no-llm")
@@ -187,11 +190,12 @@ class Check:
             done = self._run("-m", "pytest", "-q", "-m", "cuda", *tests, before=command)
             yield Row("sanitizer", tool, done.status == 0, done.last_line)
 
-    def _run(self, *arguments: str, before: Sequence[str] = ()) -> Done:
+    def _run(self, *arguments: str, before: Sequence[str] = (), extra: Mapping[str, str] | None = None) -> Done:
         """As ``run``, in what is left of the step's time; the end of what a failure said is kept."""
-        done = run(*arguments, before=before, limit_s=self._deadline - time.monotonic())
+        done = run(*arguments, before=before, extra=extra, limit_s=self._deadline - time.monotonic())
         if done.status:
-            self._found.outputs[" ".join(arguments)] = done.output[-KEPT_CHARS:]
+            said = [*(f"{name}={value}" for name, value in (extra or {}).items()), *before, *arguments]
+            self._found.outputs[" ".join(said)] = done.output[-KEPT_CHARS:]
         return done
 
 
@@ -285,8 +289,16 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def run(*arguments: str, before: Sequence[str] = (), limit_s: float = PREPARING_S) -> Done:
-    """Runs this Python with ``arguments`` in the checkout, for at most so long; what it left behind is killed with it."""
+def run(
+    *arguments: str,
+    before: Sequence[str] = (),
+    extra: Mapping[str, str] | None = None,
+    limit_s: float = PREPARING_S,
+) -> Done:
+    """Runs this Python with ``arguments`` in the checkout, for at most so long; what it left behind is killed with it.
+
+    ``before``: a command to run it under; ``extra``: variables of its environment.
+    """
     if limit_s <= 0:
         return Done(TOO_LONG, "not begun: no time was left")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -294,7 +306,7 @@ def run(*arguments: str, before: Sequence[str] = (), limit_s: float = PREPARING_
         process = subprocess.Popen(
             [*before, sys.executable, *arguments],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **(extra or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
