@@ -161,7 +161,10 @@ class Mappings:
         return dropped
 
     def unmap_idle(self, now: float) -> list[Identity]:
-        """Drops what nobody has used for ``transfer.unmap_after``, by calls that were made all the while; which."""
+        """Drops what nobody has used for ``transfer.unmap_after``, by calls that were made all the while; which.
+
+        Segments of other hosts are not mapped, only read: they take nothing here.
+        """
         after_s = self._settings.unmap_after
         dropped: list[Identity] = []
         if not after_s:
