@@ -260,9 +260,16 @@ def machine() -> dict[str, str]:
         "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cuda-bindings': cuda.bindings.__version__}))"
     )
     found: dict[str, str] = json.loads(run("-c", code).last_line)
-    driver = Path("/proc/driver/nvidia/version")
-    found["driver"] = driver.read_text().splitlines()[0].strip() if driver.exists() else "unknown"
-    return {**found, "date": datetime.now(tz=UTC).date().isoformat()}
+    return {**found, "driver": _driver_version(), "date": datetime.now(tz=UTC).date().isoformat()}
+
+
+def _driver_version() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PREPARING_S, check=False)
+    return done.stdout.strip().partition("\n")[0] or "unknown"
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
