@@ -304,14 +304,14 @@ class BlockCache:
         unbroken = True
         moved: Counter[Tier] = Counter()
         for read, copied in reads:
-            valid = 0
+            valid, begun = 0, read.hits  # it may turn out shorter
             with self._failures.contained("retrieve"):
                 valid = read.complete()  # each of them: it ends the lease
             invalid += read.hits - valid if copied else 0
             if unbroken:
                 loaded += valid
                 moved.update(self._bytes_by_tier(read.placements[:valid]))
-            unbroken = unbroken and valid == read.hits
+            unbroken = unbroken and valid == begun
         return loaded, invalid, moved
 
     def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> tuple[int, int]:

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from tests.pool.payloads import new_keys, start_write, until
+from vcache import block_cache
+from vcache.block_cache import BlockCache
 from vcache.devices import device_name
-from vcache.keys import ChunkKey
+from vcache.keys import ChunkKey, ModelSpec
 from vcache.memory.base import Memory
 from vcache.memory.host import HostMemory
 from vcache.paged_kv import PagedKV
@@ -26,6 +28,7 @@ from vcache.pool.donor import Donor
 from vcache.pool.reading import begin_read
 from vcache.pool.segment import Segment
 from vcache.pool.writing import PendingWrite
+from vcache.stats import Counters
 from vcache.transfer.arguments import rooms_of
 
 MIB = 1 << 20
@@ -205,6 +208,22 @@ def test_payloads_of_another_form_end_the_run_and_nothing_is_said_against_them(p
     assert pool.is_loaded(1)
     assert (pool.client.counters["misfit_hits"], pool.client.counters["invalid_reads"]) == (2, 0)
     assert pool.client.lookup(b"".join(keys)).hits == 3
+
+
+def test_a_run_that_takes_several_calls_ends_at_a_payload_of_another_form(pool, monkeypatch):
+    monkeypatch.setattr(block_cache, "parts_of", lambda keys: [keys[at : at + 2] for at in range(0, len(keys), 2)])
+    model = ModelSpec(
+        model="m", dtype="bfloat16", num_layers=3, num_kv_heads=1, head_size=2, block_size=16, chunk_size=32
+    )
+    cache = BlockCache(pool.client, None, None, model=model, rank=0, counters=Counters())
+    keys = new_keys(4)
+    halves = [tensor.view(16, 2, 2, 32) for tensor in pool.caches]
+    other = pool._replace(kv=PagedKV(halves, block_size=16, num_blocks=16))
+    assert (pool.store(keys[:1]), other.store(keys[1:2]), pool.store(keys[2:])) == (1, 1, 2)
+    pending = cache.begin_retrieve(pool.kv, keys, THERE, parent=None, tenant=0)
+    assert pending.chunks == 4
+    assert pending.complete() == 1
+    assert cache.close(0.0)
 
 
 def test_a_copy_that_fails_gives_everything_back(pool):
