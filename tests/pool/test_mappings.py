@@ -6,11 +6,13 @@ import gc
 import logging
 import secrets
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.pool.payloads import copy_out, load, new_keys, payload, store, until
 from vcache.memory.host import HostMemory
+from vcache.pool import mappings as mappings_module
 from vcache.pool.mappings import Mappings
 from vcache.pool.reading import begin_read
 from vcache.pool.runtime_dir import RuntimeDir
@@ -151,6 +153,69 @@ def test_nothing_is_mapped_after_closing_and_what_is_in_use_stays(segment, runti
     use.release()
     assert maps_of(segment) == 1
     mappings.close()
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Opening memory takes until the test says; and an event that says that somebody is at it."""
+    begun, may_end, really = threading.Event(), threading.Event(), mappings_module._open_memory
+
+    def open_slowly(*arguments, **named):
+        begun.set()
+        assert may_end.wait(60)
+        return really(*arguments, **named)
+
+    monkeypatch.setattr(mappings_module, "_open_memory", open_slowly)
+    yield begun, may_end
+    may_end.set()
+
+
+def test_a_segment_that_takes_long_to_open_holds_up_only_those_who_want_it(mappings, segment, runtime, slow):
+    begun, may_end = slow
+    own = Segment.create(HostMemory.create(runtime, b"o" * 16, 2 * MIB), b"o" * 16)
+    mappings.adopt(own)
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(mappings.use, info_of(segment, runtime.host_id)) for _ in range(3)]
+        assert begun.wait(60)
+        mappings.use(info_of(own, runtime.host_id)).release()
+        assert mappings.mapped() == [(own.segment_id, 1)]
+        assert mappings.unmap_idle(1.0) == []
+        assert not any(use.done() for use in waiting)
+        may_end.set()
+        uses = [use.result() for use in waiting]
+    assert len({id(use.segment) for use in uses}) == 1
+    assert maps_of(segment) == 2
+    for use in uses:
+        use.release()
+    assert mappings.give_up(own, 1.0)
+    own.close()
+
+
+def test_what_cannot_be_opened_is_nothing_to_all_who_waited_for_it(mappings, segment, runtime, slow):
+    begun, may_end = slow
+    missing = info_of(segment, runtime.host_id, handle=b"segment-" + b"0" * 32 + b".shm")
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(mappings.use, missing) for _ in range(2)]
+        assert begun.wait(60)
+        may_end.set()
+        assert [use.result() for use in waiting] == [None, None]
+    use = mappings.use(info_of(segment, runtime.host_id))
+    assert use is not None
+    use.release()
+
+
+def test_what_is_opened_when_all_has_been_closed_goes_with_its_user(segment, runtime, slow):
+    begun, may_end = slow
+    mappings = Mappings(runtime, host=runtime.host_id)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(mappings.use, info_of(segment, runtime.host_id))
+        assert begun.wait(60)
+        mappings.close()
+        may_end.set()
+        use = waiting.result()
+    assert mappings.mapped() == []
+    use.release()
+    assert maps_of(segment) == 1
 
 
 def test_what_nobody_has_used_for_a_while_is_unmapped_and_mapped_again_at_its_next_use(idling, segment, runtime):

@@ -94,22 +94,39 @@ class Mappings:
         self.remote: Final = remote
         self._changed = threading.Condition()
         self._entries: dict[Identity, _Entry] = {}
+        self._opening: set[Identity] = set()
         self._failures = FailureLog(logger)
         self._closed = False
         self._work: queue.SimpleQueue[SegmentInfo | _Entry | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
 
     def use(self, info: SegmentInfo) -> Use | None:
-        """The segment, mapped until the answer is released; ``None`` when it is another host's or cannot be mapped."""
+        """The segment, mapped until the answer is released; ``None`` when it is another host's or cannot be mapped.
+
+        Opening may take a while (a donor is asked for its VRAM); only who wants the same segment waits for that.
+        """
         if info.host != self._host:
             return None
+        identity = info.segment_id, info.incarnation
         with self._changed:
-            entry = self._entries.get((info.segment_id, info.incarnation)) or self._open(info)
+            entry = self._entries.get(identity)
             if entry is None:
+                self._changed.wait_for(lambda: identity not in self._opening)
+                entry = self._entries.get(identity)
+            if entry is not None:
+                return self._used(entry)
+            if self._closed:
                 return None
-            entry.users += 1
-            entry.idle_since = None
-            return Use(self, entry)
+            self._opening.add(identity)
+        segment = None
+        try:
+            segment = self._opened(info)
+        finally:
+            with self._changed:
+                self._opening.discard(identity)
+                self._changed.notify_all()
+                use = self._used(self._entered(identity, segment)) if segment is not None else None
+        return use
 
     def use_remote(self, infos: Iterable[SegmentInfo]) -> Mapping[int, RemoteSegment]:
         """Those of these segments, by number, that are another host's and can be read now; the first time waits for them."""
@@ -200,11 +217,7 @@ class Mappings:
             self._work.put(_STOP)
             worker.join()
 
-    # --- with the lock held ---------------------------------------------------------------------------------------
-
-    def _open(self, info: SegmentInfo) -> _Entry | None:
-        if self._closed:
-            return None
+    def _opened(self, info: SegmentInfo) -> Segment | None:
         try:
             memory = _open_memory(self._runtime, info, reader=self._device)
         except (OSError, VCacheError) as error:
@@ -217,8 +230,23 @@ class Mappings:
             self._failures.record(f"map segment of {info.device}", error)
             return None
         logger.info("mapped segment %s incarnation %d (%s)", info.segment_id.hex(), info.incarnation, info.device)
-        entry = self._entries[info.segment_id, info.incarnation] = _Entry(segment, is_local=False)
-        self._hand_over(entry)
+        return segment
+
+    # --- with the lock held ---------------------------------------------------------------------------------------
+
+    def _used(self, entry: _Entry) -> Use:
+        entry.users += 1
+        entry.idle_since = None
+        return Use(self, entry)
+
+    def _entered(self, identity: Identity, segment: Segment) -> _Entry:
+        """What was opened, for others too; unless all was closed meanwhile, or it is this process's: then it goes with its one user."""
+        entry = _Entry(segment, is_local=False)
+        if self._closed or identity in self._entries:
+            entry.dropped = True
+        else:
+            self._entries[identity] = entry
+            self._hand_over(entry)
         return entry
 
     def _drop(self, identity: Identity, entry: _Entry) -> None:
