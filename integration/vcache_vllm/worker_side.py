@@ -70,10 +70,10 @@ class WorkerSide:
         )
         self._engine.register_kv_caches(kv)
         if kv.device.type == "cuda":
-            from vcache.pool.enqueued_records import compile_for  # needs triton
+            from vcache.pool.enqueued_records import prepare  # needs triton
 
-            with self._failures.contained("compile"):  # here, and not in a forward pass
-                compile_for(kv)
+            with self._failures.contained("prepare"):  # here, and not in a forward pass
+                prepare(kv)
         loading, storing = (Lane(name, kv.device, self._failures) for name in ("load", "store"))
         reserving = Lane("reserve", torch.device("cpu"), self._failures)
         self._lanes = [loading, reserving, storing]

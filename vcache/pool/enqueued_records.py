@@ -8,7 +8,7 @@ could not be marked, is kept from it on the device. Other copies into or from VR
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,25 @@ if TYPE_CHECKING:
     from vcache.paged_kv import PagedKV
     from vcache.pool.segment import Segment
 
+#: What ``prepare`` takes: enough for a few calls at a time, of some hundred chunks each.
+ROOMS: Final = 8
+ROOM_WORDS: Final = 16_384
+
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def compile_for(kv: PagedKV) -> None:
-    """Compiles all kernels that reads and writes of these planes need: seconds, where nobody has done so on this machine before.
+def prepare(kv: PagedKV) -> None:
+    """Does ahead what the first reads and writes of these planes would do on the threads that make them.
 
-    Otherwise the first calls do that, on the threads that make them.
+    Compiles their kernels, which takes seconds where nobody has done so on this machine before, and takes pinned memory, for which CUDA
+    may wait for the device.
     """
     with on(kv.device):
         record_kernels.compile_all()
+        rooms = rooms_of(kv.device)
+        for room in [rooms.take(ROOM_WORDS) for _ in range(ROOMS)]:
+            rooms.give_back(room)
     cuda.compile_for(kv)
 
 
