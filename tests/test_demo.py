@@ -43,11 +43,22 @@ def test_plain_workers_share_kv_from_every_place_and_the_figures_say_so(processe
     assert_nothing_left_behind(demo)
 
 
+#: The demo on a machine with one GPU, here a host device, and without Mooncake.
+ON_ONE_DEVICE = """
+import sys
+from pathlib import Path
+sys.modules["mooncake"] = None
+from vcache.demo import run
+from vcache.demo.devices import Device, Devices
+run.devices_here = lambda: Devices(Device("cpu:0", None), Device("cpu:0", None), Device("cpu:1", None))
+sys.exit(run.run_demo(llm=False, tokens=256, json_file=Path(sys.argv[1])))
+"""
+
+
 @pytest.mark.slow
-def test_where_mooncake_is_not_installed_files_lie_below_the_pool(processes: Processes, tmp_path: Path) -> None:
+def test_with_one_device_and_without_mooncake_it_is_the_same_story(processes: Processes, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    code = "import sys; sys.modules['mooncake'] = None; import vcache.cli; vcache.cli.main()"
-    demo = processes.python("-c", code, "demo", "--no-llm", "--tokens", "256", "--json", str(figures))
+    demo = processes.python("-c", ON_ONE_DEVICE, str(figures))
     assert demo.wait(PATIENCE_S) == 0, demo.report()
     engines = json.loads(figures.read_text())["engines"]
     assert [engine["source"] for engine in engines[1:]] == ["vram", "dram", "files"]

@@ -76,7 +76,9 @@ class Scene:
         self._display = display
         whole = (chunks + self.others) * chunk_bytes
         first, second, host = devices
-        places = f"{first.name} and {second.name} (VRAM tier) and {host.name} (DRAM tier)"
+        # One for each device: were there two on one, there would be room for what is to be demoted.
+        vram = list(dict.fromkeys((first.name, second.name)))
+        places = f"{' and '.join(vram)} (VRAM tier) and {host.name} (DRAM tier)"
         with display.step(f"starting a metadata server, donors on {places}, {_STORE_TITLES[STORE]}"):
             mooncake = Mooncake(stage, nbytes=whole + whole // 4 + (64 << 20)) if STORE == "mooncake" else None
             self.config = _config(stage, mooncake.address if mooncake is not None else "")
@@ -85,8 +87,7 @@ class Scene:
                 stage,
                 self.config,
                 [
-                    Donation(first.name, whole + directory, "vram"),
-                    Donation(second.name, whole + directory, "vram"),
+                    *(Donation(name, whole + directory, "vram") for name in vram),
                     Donation(host.name, whole + whole // 4 + directory, "dram"),
                 ],
             )
