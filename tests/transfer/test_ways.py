@@ -121,6 +121,23 @@ def test_by_copy_the_bytes_are_the_same_and_nothing_is_waited_for(monkeypatch):
 
 
 @pytest.mark.cuda
+def test_without_room_for_a_buffer_a_kernel_reaches_across(monkeypatch):
+    planes = torch.randint(0, 256, (8, 4096), dtype=torch.uint8, device="cuda")
+    kv, ids, offsets = PagedKV([planes], block_size=1), np.arange(8)[:, None], np.arange(8) * 4096
+    segment, expected = torch.zeros(8 * 4096, dtype=torch.uint8, device="cuda"), planes.clone()
+    attach(segment, 0, reader=HERE, owner=THERE, setting="copy")
+    transfer.gather(kv, ids, segment, offsets)
+    planes.zero_()
+
+    def none_left(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(staged, "_buffer", none_left)
+    transfer.scatter(kv, ids, segment, offsets)
+    assert torch.equal(planes, expected)
+
+
+@pytest.mark.cuda
 def test_measuring_takes_both_ways_and_leaves_the_segment_as_it_is():
     segment = torch.randint(0, 256, (9 << 20,), dtype=torch.uint8, device="cuda")
     image = segment.clone()

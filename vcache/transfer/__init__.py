@@ -39,13 +39,20 @@ def scatter(
 ) -> None:
     """Copy payloads into blocks; arguments and completion as in ``gather``. A block id that comes twice is a ValueError.
 
-    From a peer GPU by whichever way ``ways.attach`` settled for this tensor.
+    From a peer GPU by whichever way ``ways.attach`` settled for this tensor; by a kernel where there is no room for a buffer.
     """
     direct = _scatter_by(kv, threads)
-    if segment.device.type == kv.device.type and (kv.device.type == "cpu" or way_to(segment) is Way.KERNEL):
+    is_one_kind = segment.device.type == kv.device.type
+    if is_one_kind and (kv.device.type == "cpu" or way_to(segment) is Way.KERNEL):
         direct(kv, block_ids, segment, offsets)
-    else:
-        staged.scatter(kv, check_scatter(kv, block_ids, segment, offsets), segment, direct)
+        return
+    copy = check_scatter(kv, block_ids, segment, offsets)
+    try:
+        staged.scatter(kv, copy, segment, direct)
+    except torch.OutOfMemoryError:  # of the buffer: nothing has been enqueued yet
+        if not is_one_kind:
+            raise
+        direct(kv, block_ids, segment, offsets)
 
 
 def _gather_by(kv: PagedKV, threads: int) -> staged.Direct:
