@@ -47,7 +47,7 @@ def test_what_is_taken_the_short_way_is_what_the_longer_one_finds(slots: list[in
         assert few.tolist() == blocks_of_slots(mapping[:end], 4, 3, first=first).tolist()
 
 
-BAD = {
+BAD: dict[str, tuple[list[Any], str]] = {
     "padding": ([0, 1, 2, 3, 4, -1, -1, -1], r"slot_mapping\[5\] is -1, padding"),
     "below zero": ([-2, -1, 0, 1], r"slot_mapping\[0\] is -2, out of range"),
     "beyond the end": (
