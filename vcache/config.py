@@ -84,7 +84,7 @@ class ServerConfig(Section):
     max_lease: Seconds = 60.0
     placement: Literal["local_first", "most_free"] = "local_first"
     max_message_bytes: Annotated[Size, Field(ge=512 << 10, le=MAX_MESSAGE_BYTES)] = MAX_MESSAGE_BYTES
-    shared_index: Annotated[Size, Field(ge=0)] = 256 << 20
+    shared_index: Annotated[Size, Field(ge=0)] = 1 << 30
     eviction: EvictionConfig = Field(default_factory=EvictionConfig)
     curve: CurveConfig = Field(default_factory=CurveConfig)
 

@@ -109,8 +109,8 @@ class Index:
     """All entries of the term."""
 
     def __init__(self) -> None:
-        #: Where to note which keys became whole (true) or ceased to be, for whoever empties it.
-        self.changes: dict[bytes, bool] | None = None
+        #: Where to note what became of keys that are whole, or were, for whoever empties it: ``Entry.packed``, or None.
+        self.changes: dict[bytes, bytes | None] | None = None
         self.whole: dict[bytes, Entry] = {}
         self.partial: dict[bytes, Entry] = {}
         #: Children of chunks that have no entry (yet, or any more).
@@ -171,13 +171,12 @@ class Index:
             entry.in_vram += 1
             if entry.in_vram == 1:
                 self._add_vram_child(entry.parent)
-        if first is not None:
-            return placement
-        entry.missing -= 1
-        if entry.missing == 0:
-            self.whole[entry.key] = self.partial.pop(entry.key)
-            if self.changes is not None:
-                self.changes[entry.key] = True
+        if first is None:
+            entry.missing -= 1
+            if entry.missing == 0:
+                self.whole[entry.key] = self.partial.pop(entry.key)
+        if self.changes is not None and not entry.missing:
+            self.changes[entry.key] = entry.packed
         return placement
 
     def discard(self, placement: Placement) -> Entry | None:
@@ -197,12 +196,12 @@ class Index:
             other.next, first = first, other
         placement.next = None
         self._replace(entry, rank, first)
+        if self.changes is not None and not entry.missing:
+            self.changes[entry.key] = entry.packed if first is not None else None
         if first is not None:
             return vram_leaf
         if entry.missing == 0:
             self.partial[entry.key] = self.whole.pop(entry.key)
-            if self.changes is not None:
-                self.changes[entry.key] = False
         entry.missing += 1
         if entry.missing < len(entry.shards):
             return vram_leaf

@@ -26,17 +26,13 @@ class Lease(msgspec.Struct, gc=False, eq=False):
     id: int
     session: bytes
     run: list[Entry]
-    placements: bytes  # as sent to the reader; empty for a lookup's lease
+    placements: bytes  # what the reader reads; empty for a lookup's lease
     deadline: float
     name: int = 0  # its session's; 0: it has none
 
-    def placement(self, at: int) -> tuple[int, int, int] | None:
-        """Segment number, record and generation of what the reader was sent for the run's ``at``-th chunk."""
-        begin = at * PLACEMENT.size
-        if begin >= len(self.placements):
-            return None
-        segment, record, generation, _, _ = PLACEMENT.unpack_from(self.placements, begin)
-        return segment, record, generation
+    def placed(self) -> dict[int, tuple[int, int]]:
+        """Segment number and record of what the reader reads, by generation."""
+        return {row[2]: (row[0], row[1]) for row in PLACEMENT.iter_unpack(self.placements)}
 
 
 class LeaseTable:

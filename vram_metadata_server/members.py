@@ -28,6 +28,7 @@ class Session:
         "id",
         "is_silent",
         "name",
+        "news_version",
         "route",
         "segments",
         "told",
@@ -51,6 +52,7 @@ class Session:
         self.is_silent = False
         self.told: set[int] = set()  # numbers of the segments it was told of
         self.told_version = -1  # of the set of segments: equal means it was told of all
+        self.news_version = -1  # the same, of what heartbeats have told
 
 
 class Members:

@@ -21,8 +21,8 @@ class OrderDesk:
         self._members = members
         self._term = term
 
-    def reply(self, session: Session, request: int, attached: list[int]) -> Orders:
-        """All that the session has to do, as the answer to its heartbeat."""
+    def reply(self, session: Session, request: int, attached: list[int], news: list[SegmentInfo]) -> Orders:
+        """All that the session has to do, as the answer to its heartbeat; and ``news``, segments that it is told of."""
         segments = self._catalog.segments
         room = MAX_ITEMS_PER_PAGE
         retire: list[tuple[int, list[RetireItem]]] = []
@@ -56,7 +56,8 @@ class OrderDesk:
         if session.segments:
             probe |= self._members.suspects(session.host)
         gone = [number for number in attached if number not in segments]
-        return Orders(request, self._term, gone, retire, sorted(probe)[:MAX_ITEMS_PER_PAGE], again, demote, pull)
+        probes = sorted(probe)[:MAX_ITEMS_PER_PAGE]
+        return Orders(request, self._term, gone, retire, probes, again, demote, pull, news)
 
     def pushes(self) -> Iterator[tuple[bytes, Orders]]:
         """Orders that came up since they were last asked for."""
@@ -75,7 +76,7 @@ class OrderDesk:
                 retire = [(segment.number, page)] if page else []
                 demote = [(segment.number, sinking)] if sinking else []
                 pull = list(_by_source(segment.number, pulling))
-                yield donor.route, Orders(0, self._term, [], retire, [], again, demote, pull)
+                yield donor.route, Orders(0, self._term, [], retire, [], again, demote, pull, [])
 
     def probes(self, host: bytes) -> Iterator[tuple[bytes, Orders]]:
         """Asks the donors of a host to prove its suspects dead, without waiting for their heartbeats."""
@@ -83,7 +84,7 @@ class OrderDesk:
         if suspects:
             for session in self._members:
                 if session.host == host and session.segments and not session.is_silent:
-                    yield session.route, Orders(0, self._term, [], [], suspects, [], [], [])
+                    yield session.route, Orders(0, self._term, [], [], suspects, [], [], [], [])
 
 
 def _by_source(number: int, pulls: Iterable[Pull]) -> Iterator[PullOrder]:

@@ -1,6 +1,6 @@
-"""The index in shared memory, for lookups by clients of this host without a round trip: the keys of all whole chunks.
+"""The index in shared memory, for lookups and reads by clients of this host without a round trip: all whole chunks.
 
-The state machine notes which keys became whole and which are whole no more; the shell has them written here before it answers
+The state machine notes which keys became whole, or lie elsewhere, and which are whole no more; the shell has them written here before it answers
 anything. docs/index-format.md has the layout and what readers may rely on. Whatever goes wrong here ends the table and nothing
 else: readers then ask the server.
 """
@@ -27,7 +27,7 @@ from vcache.pool.shared_index import (
     index_copy,
     index_set_state,
 )
-from vcache.protocol import KEY_BYTES
+from vcache.protocol import KEY_BYTES, PLACEMENT
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ MIN_SLOTS: Final = 1 << 14
 #: Of all slots, in eighths: how many are used at most, and how many keys there are at most in a new table.
 _FULL_EIGHTHS: Final = 5
 _NEW_EIGHTHS: Final = 3
+_NOT_SAID: Final = bytes(PLACEMENT.size)
 
 
 class _Table:
@@ -63,12 +64,13 @@ class _Table:
 class PublishedIndex:
     """One term's table, and the larger ones that take its place. Single-threaded, like the server.
 
-    ``changes`` is where the state machine notes them: a key, and whether it is whole now. Raises ``UnavailableError`` or ``OSError``
+    ``changes`` is where the state machine notes them: a key, and its placement as it is sent to readers, empty where there is more to
+    say than one, None when it is not whole any more. Raises ``UnavailableError`` or ``OSError``
     when there cannot be one.
     """
 
     def __init__(self, runtime: RuntimeDir, *, term: int, max_bytes: int, min_slots: int = MIN_SLOTS) -> None:
-        self.changes: dict[bytes, bool] = {}
+        self.changes: dict[bytes, bytes | None] = {}
         #: For welcomes; empty once there is no table any more.
         self.name = f"index-{term:016x}{secrets.token_hex(8)}.shm"
         self._runtime = runtime
@@ -109,14 +111,21 @@ class PublishedIndex:
             table.file.close()
 
     def _apply(self, table: _Table) -> None:
-        keys, are_whole = b"".join(self.changes), bytes(self.changes.values())
+        keys, are_whole = b"".join(self.changes), bytes(said is not None for said in self.changes.values())
+        placements = b"".join([said or _NOT_SAID for said in self.changes.values()])
         count = len(are_whole)
-        done = index_apply(table.address, table.slots, table.limit, table.counts, keys, are_whole, count)
+        done = index_apply(table.address, table.slots, table.limit, table.counts, keys, placements, are_whole, count)
         while done < count:
             table = self._replaced(table)
-            keys, are_whole = keys[done * KEY_BYTES :], are_whole[done:]
+            keys, placements, are_whole = (
+                keys[done * KEY_BYTES :],
+                placements[done * PLACEMENT.size :],
+                are_whole[done:],
+            )
             count -= done
-            done = index_apply(table.address, table.slots, table.limit, table.counts, keys, are_whole, count)
+            done = index_apply(
+                table.address, table.slots, table.limit, table.counts, keys, placements, are_whole, count
+            )
 
     def _replaced(self, old: _Table) -> _Table:
         """A table with room in the place of one without: of twice the size, or of the same if removed keys filled it."""

@@ -71,7 +71,8 @@ class Reads:
         self._counters["hit_keys"] += len(run)
         self._catalog.policy.touch(run)
         if run:
-            self._lease(session, run, b"", request.lease_s, name=request.id)
+            packed = self._packed(run, session) if request.is_read else b""
+            self._lease(session, run, packed, request.lease_s, name=request.id)
 
     def acquire(self, session: Session, request: protocol.Acquire) -> tuple[int, bytes]:
         """The lease on the leading run, and a placement of the rank's shard of each of its chunks."""
@@ -82,9 +83,7 @@ class Reads:
         if rank:
             packed = b"".join([_choice(entry.shards[rank], session) for entry in run])  # type: ignore[arg-type]
         else:
-            packed = b"".join([entry.packed for entry in run])
-            if len(packed) < len(run) * PLACEMENT.size:  # some have several
-                packed = b"".join([entry.packed or _choice(entry.shards[0], session) for entry in run])  # type: ignore[arg-type]
+            packed = self._packed(run, session)
         self._counters["hit_keys"] += len(run)
         self._catalog.policy.touch(run)
         lease = self._lease(session, run, packed, request.lease_s) if run else 0
@@ -93,6 +92,13 @@ class Reads:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("acquire %s..%s for %s", key_text(run[0].key), key_text(run[-1].key), session.name)
         return lease, packed
+
+    def _packed(self, run: list[Entry], reader: Session) -> bytes:
+        """A placement of the first rank's shard of each."""
+        packed = b"".join([entry.packed for entry in run])
+        if len(packed) < len(run) * PLACEMENT.size:  # some have several
+            packed = b"".join([entry.packed or _choice(entry.shards[0], reader) for entry in run])  # type: ignore[arg-type]
+        return packed
 
     def _keys(self, blob: bytes) -> Sequence[bytes]:
         keys = split_keys(blob)
@@ -120,13 +126,13 @@ class Reads:
         """Ends the lease. *reader reports*: placements whose record did not validate are dropped and retired."""
         lease_id = self._leases.named(session.id, request.lease) if request.is_named else request.lease
         lease = self._leases.release(session.id, lease_id)
-        if lease is None:
+        if lease is None or not request.invalid:
             return
-        for at in request.invalid:
-            said = lease.placement(at)
-            if said is None:
+        placed = lease.placed()
+        for generation in request.invalid:
+            if generation not in placed:
                 continue
-            number, record, generation = said
+            number, record = placed[generation]
             segment = self._catalog.segments.get(number)
             holder = segment.holder(record) if segment is not None else None
             if isinstance(holder, Placement) and holder.generation == generation:

@@ -180,6 +180,10 @@ class Service:
         self.writes.heard_from(session.id, request.seen, request.outstanding)
         for name in request.dead:
             self._proven_dead(session, name)
+        news: list[SegmentInfo] = []
+        if session.news_version != self.catalog.segments_version:
+            session.news_version = self.catalog.segments_version
+            news = self._untold(session)
         attached = set(request.attached)
         told = session.told
         unmapped = {
@@ -190,7 +194,7 @@ class Service:
         if unmapped:
             session.told -= unmapped
             session.told_version = -1
-        return self.desk.reply(session, request.id, request.attached)
+        return self.desk.reply(session, request.id, request.attached, news)
 
     def _goodbye(self, session: Session, sender: bytes, request: protocol.Goodbye) -> Done:
         self.writes.said_goodbye(session.id)

@@ -308,12 +308,13 @@ def test_a_donor_that_dies_takes_what_was_promoted_to_it_and_nothing_else(
 def two_tiers(start_server, start_donor, open_engine, device, monkeypatch) -> VCacheEngine:
     """A pool whose chunks are in a segment of tier dram, beside an empty one of tier vram on the engine's device."""
     monkeypatch.setattr(f"{__name__}.new_tensors", partial(new_tensors, device=device))
-    config, _ = start_server()
+    config, _ = start_server(server={"heartbeat_interval": "100ms"})
     start_donor(config)
     engine: VCacheEngine = open_engine(config, device=device)
     store(engine)
     donor_config = VCacheConfig(**config.model_dump() | {"segment": {"tier": "vram"}})
     start_donor(donor_config, device=device)
+    eventually(lambda: len(engine._client.session.infos()) == 2, "a heartbeat tells of the new segment")
     return engine
 
 

@@ -21,6 +21,12 @@ QUICK = {
 }
 
 
+def asking(config: VCacheConfig) -> VCacheConfig:
+    """The same for a client that asks the server each time."""
+    said = config.model_dump()
+    return VCacheConfig(**said | {"server": said["server"] | {"shared_index": 0}})
+
+
 @pytest.fixture
 def quick(start_server):
     """A configuration with short deadlines and a real server under it."""

@@ -8,7 +8,7 @@ import threading
 import pytest
 import zmq
 
-from tests.pool.conftest import QUICK
+from tests.pool.conftest import QUICK, asking
 from tests.pool.payloads import load, new_keys, start_write, store, until
 from vcache import protocol
 from vcache.config import VCacheConfig
@@ -133,7 +133,7 @@ def test_many_threads_share_a_client(quick, open_client, open_donor):
 
 def test_a_silent_server_costs_one_deadline_and_then_none_until_it_answers(quick, open_client, open_donor):
     config, server = quick
-    client = open_client(config)
+    client = open_client(asking(config))
     open_donor(config, client)
     keys = new_keys(1)
     assert store(client, keys) == 1
@@ -196,7 +196,7 @@ class ScriptedServer:
         if isinstance(request, protocol.Hello):
             reply: protocol.AnyReply = Welcome(request.id, self.term, 0.05, 2.0, [self.info])
         elif isinstance(request, protocol.Heartbeat):
-            reply = protocol.Orders(request.id, self.term, [], [], [], [], [], [])
+            reply = protocol.Orders(request.id, self.term, [], [], [], [], [], [], [])
         elif isinstance(request, protocol.Lookup):
             reply = Hits(request.id, request.term, 1, 11)
         elif isinstance(request, protocol.Acquire):

@@ -6,11 +6,12 @@ import random
 
 import pytest
 
-from tests.pool.conftest import MIB, QUICK
-from tests.pool.payloads import fill, load, new_keys, start_write, store, until
+from tests.pool.conftest import MIB, QUICK, asking
+from tests.pool.payloads import copy_out, fill, load, new_keys, start_write, store, until
 from tests.support.processes import host_directory
 from vcache.config import VCacheConfig
 from vcache.pool.client import PoolClient
+from vcache.pool.reading import begin_read
 
 
 @pytest.fixture
@@ -22,10 +23,7 @@ def reader(quick, open_client):
 @pytest.fixture
 def asker(quick, open_client):
     """A client that asks the server each time."""
-    config = VCacheConfig(
-        runtime_dir=quick[0].runtime_dir, **{**QUICK, "server": {**QUICK["server"], "shared_index": 0}}
-    )
-    return open_client(config, writes=False)
+    return open_client(asking(quick[0]), writes=False)
 
 
 def hits(client: PoolClient, keys) -> int:
@@ -57,6 +55,43 @@ def test_a_lookup_without_a_lease_asks_nobody(quick, open_client, open_donor, re
     reader.release(leased.lease)
 
 
+def test_a_read_asks_nobody(quick, open_client, open_donor, reader, asker):
+    config, server = quick
+    writer = open_client(config)
+    open_donor(config)
+    keys = new_keys(5)
+    assert store(writer, keys) == 5
+    assert load(reader, keys) == 5 == load(asker, keys)
+    calls = reader.counters["calls"]
+    server.suspend()
+    assert load(reader, keys) == 5
+    assert load(reader, [*keys[:3], *new_keys(1), *keys[3:]]) == 3
+    assert load(reader, new_keys(2)) == 0
+    server.resume()
+    assert reader.counters["calls"] == calls and reader.counters["index_acquires"] >= 3
+    assert asker.counters["index_acquires"] == 0
+    until(
+        lambda: (stats := asker.stats()) is not None and stats.leases == 0,
+        "the leases that were asked for are given back",
+    )
+
+
+def test_what_goes_while_it_is_read_by_what_memory_said_is_not_loaded(quick, open_client, open_donor, reader):
+    config, _ = quick
+    writer = open_client(config)
+    open_donor(config)
+    keys = new_keys(4)
+    assert store(writer, keys) == 4
+    assert load(reader, keys) == 4
+    read = begin_read(reader, keys, 0)
+    assert read.hits == 4 and reader.counters["index_acquires"] >= 1
+    assert writer.remove(keys[2]) == 1
+    copy_out(read)
+    assert read.complete() == 2
+    assert reader.counters["invalid_reads"] == 1
+    assert load(reader, keys) == 2
+
+
 def test_a_client_finds_what_it_has_just_committed(quick, open_client, open_donor):
     writer = open_client(quick[0])
     open_donor(quick[0])
@@ -78,7 +113,7 @@ def test_a_client_that_reported_a_record_does_not_find_it_any_more(quick, open_c
     assert store(writer, keys) == 3
     acquired = other.acquire(b"".join(keys), 0)
     assert acquired is not None and hits(other, keys) == 3
-    other.release(acquired.lease, invalid=[1])
+    other.release(acquired.lease, invalid=[int(acquired.placements["generation"][1])])
     assert hits(other, keys) == 1
 
 

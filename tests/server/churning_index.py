@@ -16,7 +16,7 @@ EXCHANGES = 1000
 def main(directory: str, term: str, first: str, second: str) -> None:
     index = PublishedIndex(RuntimeDir(Path(directory)), term=int(term), max_bytes=1 << 20, min_slots=16)
     keys = bytes.fromhex(first), bytes.fromhex(second)
-    index.changes[keys[0]] = True
+    index.changes[keys[0]] = b""
     index.update(is_exact=True)
     ended = threading.Event()
 
@@ -30,9 +30,11 @@ def main(directory: str, term: str, first: str, second: str) -> None:
     table = index._table
     assert table is not None
     several = (keys[0] + keys[1] + keys[1] + keys[0]) * EXCHANGES
+    placements = (2 * keys[0] + 2 * keys[1] + 2 * keys[1] + 2 * keys[0]) * EXCHANGES
     are_present = bytes([0, 1, 0, 1]) * EXCHANGES
+    count = len(are_present)
     while not ended.is_set():
-        index_apply(table.address, table.slots, table.limit, table.counts, several, are_present, len(are_present))
+        index_apply(table.address, table.slots, table.limit, table.counts, several, placements, are_present, count)
     index.close()
 
 

@@ -79,10 +79,11 @@ class Client:
                 return reply
         return None
 
-    def post(self, kind: type, *fields: Any) -> None:
-        """Puts a one-way message on its way."""
+    def post(self, kind: type, *fields: Any) -> int:
+        """Puts a one-way message on its way; answers its id."""
         self.world.next_id += 1
         self.on_its_way.append(kind(self.world.next_id, self.session, self.term, *fields))
+        return self.world.next_id
 
     def flush(self, most: int | None = None) -> None:
         """Messages on their way arrive."""
@@ -117,6 +118,7 @@ class Client:
             return
         for number in reply.gone:
             del self.infos[number]
+        self.learn(reply.segments)
         self.obey(reply)
 
     def obey(self, orders: protocol.Orders) -> None:
@@ -250,6 +252,18 @@ class Client:
         self.learn(reply.segments)
         return Reading(self, keys, reply.lease, list(PLACEMENT.iter_unpack(reply.placements)))
 
+    def find(self, keys: list[bytes], *, lease_s: float = 0.0) -> Reading:
+        """As ``acquire``, by what shared memory says; the lease is asked for by a message that is still on its way."""
+        placements = []
+        if self.term == self.world.service.term:
+            for packed in map(self.world.told_whole.get, keys):
+                if not packed or PLACEMENT.unpack(packed)[0] not in self.infos:
+                    break
+                placements.append(PLACEMENT.unpack(packed))
+        found = keys[: len(placements)]
+        name = self.post(protocol.LeaseRun, b"".join(found), lease_s, True) if found else 0
+        return Reading(self, found, name, placements, is_named=True)
+
 
 @dataclass
 class Reading:
@@ -260,6 +274,7 @@ class Reading:
     lease: int
     placements: list[tuple[int, int, int, int, int]]
     copies: list[list[bytes]] = field(default_factory=list)
+    is_named: bool = False
 
     def copy(self) -> None:
         world = self.client.world
@@ -283,5 +298,6 @@ class Reading:
         """Copies, validates, and puts the release with its verdict on its way."""
         self.copy()
         verdicts = self.validate()
-        self.client.post(protocol.Release, self.lease, [at for at, valid in enumerate(verdicts) if not valid])
+        invalid = [placement[2] for placement, valid in zip(self.placements, verdicts, strict=True) if not valid]
+        self.client.post(protocol.Release, self.lease, invalid, self.is_named)
         return verdicts

@@ -41,7 +41,7 @@ def runtime(runtime_dir: Path) -> RuntimeDir:
 
 @pytest.fixture
 def published(runtime: RuntimeDir) -> Iterator[PublishedIndex]:
-    index = PublishedIndex(runtime, term=TERM, max_bytes=1 << 20, min_slots=FEW_SLOTS)
+    index = PublishedIndex(runtime, term=TERM, max_bytes=1 << 24, min_slots=FEW_SLOTS)
     yield index
     index.close()
 
@@ -51,8 +51,13 @@ def reader(runtime: RuntimeDir) -> IndexReader:
     return IndexReader(runtime)
 
 
+def placement(name: bytes) -> bytes:
+    """As if that were one; its second word is not 0."""
+    return 2 * name
+
+
 def publish(index: PublishedIndex, changes: dict[bytes, bool], *, is_exact: bool = True) -> None:
-    index.changes.update(changes)
+    index.changes.update({name: placement(name) if is_whole else None for name, is_whole in changes.items()})
     index.update(is_exact=is_exact)
     assert not index.changes
 
@@ -92,7 +97,9 @@ def test_it_says_what_a_set_says(batches: list[dict[int, bool]], start: int) -> 
             for name in range(60):
                 assert reader.run(index.name, TERM, key(name)) == (name in expected)
             run = list(itertools.takewhile(expected.__contains__, range(start, 60)))
-            assert reader.run(index.name, TERM, b"".join(map(key, range(start, 60)))) == len(run)
+            asked = b"".join(map(key, range(start, 60)))
+            assert reader.run(index.name, TERM, asked) == len(run)
+            assert reader.find(index.name, TERM, asked) == b"".join(placement(key(name)) for name in run)
         assert len(files(runtime)) == 1
         index.close()
         assert files(runtime) == []
@@ -101,11 +108,24 @@ def test_it_says_what_a_set_says(batches: list[dict[int, bool]], start: int) -> 
 def test_a_key_lies_where_the_document_says(published: PublishedIndex, runtime: RuntimeDir) -> None:
     publish(published, {FIRST: True})
     held = (runtime.path / published.name).read_bytes()
-    at = 64 + 24 * (home(FIRST) % FEW_SLOTS)
-    assert len(held) == index_bytes(FEW_SLOTS) == 64 + 24 * FEW_SLOTS
-    assert held[:8] == b"VCACHIDX" and held[8] == 1 and held[32] == 1
+    at = 64 + 64 * (home(FIRST) % FEW_SLOTS)
+    assert len(held) == index_bytes(FEW_SLOTS) == 64 + 64 * FEW_SLOTS
+    assert held[:8] == b"VCACHIDX" and held[8] == 2 and held[32] == 1
     assert int.from_bytes(held[16:24], "little") == TERM and held[24] == FEW_SLOTS
     assert held[at] & 3 == 2 and held[at + 8 : at + 24] == FIRST
+    assert held[at + 24 : at + 56] == placement(FIRST) and held[at + 56 : at + 64] == bytes(8)
+
+
+def test_a_chunk_that_moves_is_found_where_it_is(published: PublishedIndex, reader: IndexReader) -> None:
+    publish(published, {key(0): True, key(1): True})
+    published.changes[key(1)] = placement(key(7))
+    published.update(is_exact=True)
+    assert reader.find(published.name, TERM, key(0) + key(1)) == placement(key(0)) + placement(key(7))
+    published.changes[key(1)] = b""
+    published.update(is_exact=True)
+    assert reader.find(published.name, TERM, key(0) + key(1)) is None, "there are several: the server says which"
+    assert reader.find(published.name, TERM, key(0)) == placement(key(0))
+    assert reader.run(published.name, TERM, key(0) + key(1)) == 2
 
 
 def test_it_grows_and_its_readers_follow(published: PublishedIndex, runtime: RuntimeDir, reader: IndexReader) -> None:
@@ -136,7 +156,7 @@ def test_beyond_its_limit_it_ends(runtime: RuntimeDir, reader: IndexReader, capl
     publish(index, {key(at): True for at in range(20)})
     assert reader.run(name, TERM, key(0)) == 1
     publish(index, {key(at): True for at in range(100)})
-    assert "server.shared_index allows 1600" in caplog.text
+    assert "server.shared_index allows 4160" in caplog.text
     assert index.name == "" and files(runtime) == []
     assert reader.run(name, TERM, key(0)) is None
     publish(index, {key(0): False})
@@ -181,7 +201,7 @@ def test_another_term_s_or_host_s_is_not_asked(
         assert IndexReader(RuntimeDir(elsewhere)).run(published.name, TERM, key(0)) is None
 
 
-@pytest.mark.parametrize("damage", [{0: b"X"}, {8: b"\x02"}, {24: b"\x11"}, {24: b"\x80"}, None])
+@pytest.mark.parametrize("damage", [{0: b"X"}, {8: b"\x01"}, {24: b"\x11"}, {24: b"\x80"}, None])
 def test_what_is_no_index_is_not_read(
     published: PublishedIndex, runtime: RuntimeDir, reader: IndexReader, damage: dict[int, bytes] | None
 ) -> None:
@@ -231,6 +251,7 @@ def test_halves_of_two_keys_never_pass_for_a_third(
     found = {wanted: sum(reader.run(name, TERM, wanted) or 0 for _ in range(LOOKUPS)) for wanted in (FIRST, SECOND)}
     assert min(found.values()) > 0, "each of the two is there at times"
     assert sum(reader.run(name, TERM, MIXED) or 0 for _ in range(LOOKUPS)) == 0
+    assert {reader.find(name, TERM, FIRST) for _ in range(LOOKUPS)} == {b"", placement(FIRST)}
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -88,7 +88,7 @@ def test_unknown_tags_and_replies_nobody_asked_for_are_refused(dealer: Dealer) -
     for message in (
         unknown,
         protocol.encode(protocol.Done(7, 1)),
-        protocol.encode(protocol.Orders(7, 1, [], [], [], [], [], [])),
+        protocol.encode(protocol.Orders(7, 1, [], [], [], [], [], [], [])),
     ):
         reply = dealer.raw(message)
         assert (reply.id, reply.code) == (7, ErrorCode.BAD_REQUEST)

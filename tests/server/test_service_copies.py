@@ -120,8 +120,35 @@ def test_a_copy_that_did_not_validate_goes_alone(world: World, vram: Donation, d
     vram.donor.store(keys(1), into=dram.number)
     reading = vram.donor.acquire(keys(1))
     assert reading.placements[0][0] == vram.number
-    vram.donor.post(protocol.Release, reading.lease, [0])
+    vram.donor.post(protocol.Release, reading.lease, [reading.placements[0][2]])
     assert sent_to(vram.donor, key(1)) == dram.number
+    world.settle()
+    world.check()
+
+
+def test_a_copy_that_went_while_it_was_read_by_what_shared_memory_said_takes_no_other_with_it(
+    world: World, vram: Donation, dram: Donation
+) -> None:
+    vram.donor.store(keys(1))
+    world.check()
+    reading = vram.donor.find(keys(1))
+    assert reading.placements[0][0] == vram.number
+    vram.donor.store(keys(1), into=dram.number)
+    again = vram.donor.acquire(keys(1))
+    vram.donor.post(protocol.Release, again.lease, [again.placements[0][2]])
+    world.settle()
+    assert reading.finish() == [False]
+    assert sent_to(vram.donor, key(1)) == dram.number
+    world.check()
+
+
+def test_what_did_not_validate_by_what_shared_memory_said_goes(world: World, vram: Donation) -> None:
+    vram.donor.store(keys(1, 2))
+    world.check()
+    reading = vram.donor.find(keys(1, 2))
+    vram.donor.post(protocol.Release, reading.lease, [reading.placements[1][2]], True)
+    assert vram.donor.hits(keys(1, 2)) == 1
+    assert len(world.service.leases) == 0
     world.settle()
     world.check()
 

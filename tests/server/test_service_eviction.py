@@ -135,7 +135,7 @@ def test_a_lease_cannot_be_released_by_another_session(world: World) -> None:
     writer = world.donor("d").donor
     writer.store(keys(1))
     reading = writer.acquire(keys(1))
-    Client(world, "o").send(protocol.Release, reading.lease, [0])
+    Client(world, "o").send(protocol.Release, reading.lease, [reading.placements[0][2]])
     assert len(world.service.leases) == 1 and writer.hits(keys(1)) == 1
 
 

@@ -136,6 +136,12 @@ class Pool(Members):
         if client is not None and len(self.readings) < 4:
             self.readings.append(client.acquire(chain(name, 0, LENGTH), rank=rank, lease_s=lease_s))
 
+    @rule(pick=picks, name=chains, lease_s=st.floats(0, 5))
+    def find_in_shared_memory(self, pick: int, name: str, lease_s: float) -> None:
+        client = self.one(pick, self.awake())
+        if client is not None and len(self.readings) < 4:
+            self.readings.append(client.find(chain(name, 0, LENGTH), lease_s=lease_s))
+
     @rule(pick=picks, is_slow=st.booleans())
     def read(self, pick: int, is_slow: bool) -> None:
         reading = self.one(pick, self.readings)

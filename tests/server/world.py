@@ -70,8 +70,8 @@ class World:
 
     def _new_service(self, *, term: int) -> Service:
         service = Service(self.settings, term=term, wall_s=self.wall_s)
-        self.changes: dict[bytes, bool] = {}
-        self.told_whole: set[bytes] = set()
+        self.changes: dict[bytes, bytes | None] = {}
+        self.told_whole: dict[bytes, bytes] = {}
         service.catalog.index.changes = self.changes
         return service
 
@@ -160,11 +160,14 @@ class World:
         self._check_writers_are_alone()
 
     def _check_changes_are_told(self) -> None:
-        """Whoever follows the changes knows which chunks are whole."""
-        for name, is_whole in self.changes.items():
-            (self.told_whole.add if is_whole else self.told_whole.discard)(name)
+        """Whoever follows the changes knows which chunks are whole, and where they lie if there is one answer to that."""
+        for name, packed in self.changes.items():
+            if packed is None:
+                self.told_whole.pop(name, None)
+            else:
+                self.told_whole[name] = packed
         self.changes.clear()
-        assert self.told_whole == self.service.catalog.index.whole.keys()
+        assert self.told_whole == {name: entry.packed for name, entry in self.service.catalog.index.whole.items()}
 
     def placements(self) -> set[tuple[bytes, int, bytes, int, int]]:
         """(key, rank, segment id, record, generation) of every placement a lookup may answer."""

@@ -70,7 +70,7 @@ def test_slots_that_are_not_whole_blocks_are_refused(name: str, make: Any) -> No
     with pytest.raises(ValueError, match=message):
         blocks_of_slots(make(slots), 4, 10)
     if "half" not in name:
-        assert blocks_of_few_slots(make(slots), 4, 10, length=len(slots), first=0, end=len(slots)) is None
+        assert blocks_of_few_slots(make(slots), 4, 10, length=len(make(slots)), first=0, end=len(make(slots))) is None
 
 
 def test_no_slots_are_no_blocks() -> None:

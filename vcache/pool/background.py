@@ -344,6 +344,11 @@ class Background:
             self.available.set()
         for number in orders.gone:
             self._gone(number)
+        if orders.segments:
+            new = [info for info in orders.segments if self._session.info(info.number) is None]
+            self._session.learn(orders.term, orders.segments)
+            if self._maps_ahead:
+                self._mappings.map_ahead(new)
         for session in orders.probe:
             if session not in self._dead and self._is_dead(session):
                 logger.info("writer %s is proven dead", session.hex())

@@ -170,9 +170,16 @@ class PoolClient:
         """The leading run, leased for ``client.lease``, with a placement of ``rank``'s shard for each chunk of it.
 
         The lease is the caller's to ``release``. ``None`` when the server is unavailable.
+
+        Where the server is on this host, the first rank's placements are read from shared memory, and the lease is asked for
+        behind that, without waiting. What is evicted before the server reads of it does not validate: it is a miss.
         """
         _check_keys(keys)
         lease_s = self.config.client.lease
+        if not rank:
+            found = self._acquire_index(keys, lease_s)
+            if found is not None:
+                return found
         return self.ask(
             Placements,
             lambda id_, session, term: protocol.Acquire(id_, session, term, keys, rank, lease_s),
@@ -180,7 +187,7 @@ class PoolClient:
         )
 
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
-        """Ends a lease; ``invalid``: indices in its run whose record did not validate. Never waits.
+        """Ends a lease; ``invalid``: generations of placements whose record did not validate. Never waits.
 
         A lease is not worth a message of its own: this one goes with the next that is sent, or before the next heartbeat, unless
         it says that something did not validate.
@@ -363,10 +370,31 @@ class PoolClient:
         self.count("index_lookups")
         return Hits(0, term, hits, self._lease_run(keys[: KEY_BYTES * hits], lease_s) if hits and lease_s else 0)
 
+    def _acquire_index(self, keys: bytes, lease_s: float) -> Acquired | None:
+        if self._index is None or not self.available or not self._calls.is_seen:
+            return None
+        session = self.session
+        term = session.term
+        placements = self._index.find(session.index, term, keys)
+        if placements is None:
+            return None
+        name = self._calls.name() if placements else 0
+        acquired = session.found(term, placements, name)
+        if acquired is not None:
+            self.count("index_acquires")
+            if name:
+                self._ask_lease(name, keys[: KEY_BYTES * len(acquired.placements)], lease_s, is_read=True)
+        return acquired
+
     def _lease_run(self, keys: bytes, lease_s: float) -> int:
         name = self._calls.name()
-        self._tell(OneWay(lambda id_, session, term: protocol.LeaseRun(id_, session, term, keys, lease_s), id=name))
+        self._ask_lease(name, keys, lease_s, is_read=False)
         return self.session.leased_as(name)
+
+    def _ask_lease(self, name: int, keys: bytes, lease_s: float, *, is_read: bool) -> None:
+        self._tell(
+            OneWay(lambda id_, session, term: protocol.LeaseRun(id_, session, term, keys, lease_s, is_read), id=name)
+        )
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None

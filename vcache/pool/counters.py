@@ -12,6 +12,7 @@ COUNTERS: Final = {
     "calls_refused": "calls that the server refused",
     "index_lookups": "lookups answered from the server's index in shared memory, without a call",
     "server_lookups": "lookups that the server was asked",
+    "index_acquires": "reads that found their chunks in the server's index in shared memory, without a call",
     "stale_replies": "replies that came too late, or from an earlier life of the server",
     "bad_replies": "replies that were no message of this protocol, or not the one asked for",
     "unsent_messages": "messages dropped because the server could not be reached or was too slow to take them",

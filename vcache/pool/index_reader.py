@@ -1,4 +1,4 @@
-"""A client's view of the server's index in shared memory: how many leading keys are there, without a round trip.
+"""A client's view of the server's index in shared memory: how many leading keys are there, and where, without a round trip.
 
 A hint like every lookup's answer: what is loaded is acquired from the server, and validated. Where the table cannot say, the
 caller asks the server, whose answer is the definition. Not here: the layout (``shared_index.py``).
@@ -6,6 +6,7 @@ caller asks the server, whose answer is the definition. Not here: the layout (``
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
@@ -20,12 +21,13 @@ from vcache.pool.shared_index import (
     FORMAT_VERSION,
     HEADER,
     MAGIC,
+    NOT_PLACED,
     State,
     index_bytes,
     index_run,
     state_answer,
 )
-from vcache.protocol import KEY_BYTES
+from vcache.protocol import KEY_BYTES, PLACEMENT
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +70,26 @@ class IndexReader:
 
         ``name``: as the server said in its welcome of this term; empty when it publishes none.
         """
+        return self._run(name, term, keys, None)
+
+    def find(self, name: str, term: int, keys: bytes) -> bytes | None:
+        """As ``run``; answers the placements of the run (``protocol.PLACEMENT`` each), joined. ``None`` also if not all are said."""
+        placements = ctypes.create_string_buffer(len(keys) // KEY_BYTES * PLACEMENT.size)
+        hits = self._run(name, term, keys, placements)
+        return None if hits is None else placements.raw[: hits * PLACEMENT.size]
+
+    def _run(self, name: str, term: int, keys: bytes, placements: ctypes.Array[ctypes.c_char] | None) -> int | None:
         if name != self._name:
             self._open(name)
         for _ in range(_REOPENED):
             table = self._table
             if table is None or table.term != term:
                 return None
-            found: int = index_run(table.address, table.slots, table.fd, keys, len(keys) // KEY_BYTES)
+            count = len(keys) // KEY_BYTES
+            found: int = index_run(table.address, table.slots, table.fd, keys, count, placements)
             if found >= 0:
                 return found
-            if found == _SUSPENDED:
+            if found in (_SUSPENDED, NOT_PLACED):
                 return None
             if found != _SUPERSEDED:
                 self._table = None  # for good: its server is dead, or has given it up

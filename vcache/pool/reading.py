@@ -295,7 +295,7 @@ class PendingRead:
             read.end()
         for _, use in self._uses:
             use.release()
-        self._client.release(self._lease, invalid)
+        self._client.release(self._lease, self.placements["generation"][invalid].tolist() if invalid else ())
         if invalid:
             self._client.count("invalid_reads", len(invalid))
             logger.debug("read, but not valid any more: %s", KeyText([self._keys[index] for index in invalid]))

@@ -160,6 +160,22 @@ class Session:
             placements = np.frombuffer(reply.placements, dtype=PLACEMENT_DTYPE)
             return Acquired(reply.lease, placements, self._named(placements))
 
+    def found(self, term: int, placements: bytes, name: int) -> Acquired | None:
+        """A run that was read in shared memory, under a lease that is asked for by a name of our own (0: none, of an empty run).
+
+        ``None`` when the term has changed, or a segment is not known here.
+        """
+        rows = np.frombuffer(placements, dtype=PLACEMENT_DTYPE)
+        with self._lock:
+            if term != self.term:
+                return None
+            infos = self._named(rows)
+            if len(infos) < len(set(rows["segment"].tolist())):
+                return None
+            if name:
+                self._held.leases.add(-name)
+            return Acquired(-name, rows, infos)
+
     def leased_as(self, name: int) -> int:
         """What to call a lease that is asked for under a name of our own."""
         with self._lock:

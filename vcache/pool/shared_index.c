@@ -1,20 +1,22 @@
-/* The server's index in shared memory: an open-addressing table of chunk keys with one writer and any number of readers that
- * take no lock. The layout is in docs/index-format.md; called through ctypes by shared_index.py. Plain C: no Python header is
+/* The server's index in shared memory: an open-addressing table of chunk keys and where their payloads lie, with one writer and any
+ * number of readers that take no lock. The layout is in docs/index-format.md; called through ctypes by shared_index.py. Plain C: no Python header is
  * needed to build it.
  *
- * A slot is a mark and the two halves of a key. The mark's two low bits say what the slot is, the others count its changes, so
- * a mark that is the same before and after the key was read says that the key was whole. Readers compare nothing else. */
+ * A slot is a mark, the two halves of a key, and a placement. The mark's two low bits say what the slot is, the others count its
+ * changes, so a mark that is the same before and after the rest was read says that it was whole. Readers compare nothing else. */
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/file.h>
 
-enum { HEADER_BYTES = 64, STATE_AT = 4, AHEAD = 8 };
+enum { HEADER_BYTES = 64, STATE_AT = 4, AHEAD = 8, LOOKS = 8 };
 enum { EMPTY = 0, CHANGING = 1, PRESENT = 2, REMOVED = 3, KIND = 3, CHANGE = 4 };
-enum { STATE_LIVE = 1, OWNER_GONE = -16 };
+enum { STATE_LIVE = 1, OWNER_GONE = -16, NOT_PLACED = -17 };
+enum { PLACEMENT_WORDS = 4, PLACEMENT_BYTES = 8 * PLACEMENT_WORDS, GENERATION = 1 };
 
+/* A cache line. A placement without a generation says that the chunk is there, and nothing about where. */
 struct slot {
-    uint64_t mark, low, high;
+    uint64_t mark, low, high, placement[PLACEMENT_WORDS], unused;
 };
 
 /* What the writer alone keeps. */
@@ -40,13 +42,15 @@ static void halves(const uint8_t *key, uint64_t *low, uint64_t *high)
 
 /* --- the writer ------------------------------------------------------------------------------------------------------- */
 
-static void put(struct slot *slot, uint64_t low, uint64_t high)
+static void put(struct slot *slot, uint64_t low, uint64_t high, const uint64_t *placement)
 {
     uint64_t changes = slot->mark & ~(uint64_t)KIND;
     __atomic_store_n(&slot->mark, (changes + CHANGE) | CHANGING, __ATOMIC_RELAXED);
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* nobody sees a half of the new key under the old mark */
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* nobody sees a part of what is new under the old mark */
     __atomic_store_n(&slot->low, low, __ATOMIC_RELAXED);
     __atomic_store_n(&slot->high, high, __ATOMIC_RELAXED);
+    for (int word = 0; word < PLACEMENT_WORDS; word++)
+        __atomic_store_n(&slot->placement[word], placement[word], __ATOMIC_RELAXED);
     __atomic_store_n(&slot->mark, (changes + 2 * CHANGE) | PRESENT, __ATOMIC_RELEASE);
 }
 
@@ -56,14 +60,17 @@ static void mark(struct slot *slot, int kind)
 }
 
 /* False: the table has no room for one more. */
-static int insert(struct slot *slots, uint64_t last, int64_t limit, struct counts *counts, uint64_t low, uint64_t high)
+static int insert(struct slot *slots, uint64_t last, int64_t limit, struct counts *counts, uint64_t low, uint64_t high,
+                  const uint64_t *placement)
 {
     struct slot *free = 0;
     for (uint64_t at = home_of(low, high) & last;; at = (at + 1) & last) {
         struct slot *slot = slots + at;
         int kind = (int)(slot->mark & KIND);
-        if (kind == PRESENT && slot->low == low && slot->high == high)
+        if (kind == PRESENT && slot->low == low && slot->high == high) {
+            put(slot, low, high, placement);
             return 1;
+        }
         if (kind == REMOVED && !free)
             free = slot;
         if (kind != EMPTY)
@@ -74,7 +81,7 @@ static int insert(struct slot *slots, uint64_t last, int64_t limit, struct count
             counts->used++;
             free = slot;
         }
-        put(free, low, high);
+        put(free, low, high, placement);
         counts->present++;
         return 1;
     }
@@ -101,17 +108,19 @@ static void remove_key(struct slot *slots, uint64_t last, struct counts *counts,
     }
 }
 
-/* Makes keys present or absent, in order; how many were done before the table was full (``limit`` slots in use). */
+/* Makes keys present, with their placements, or absent, in order; how many were done before the table was full (``limit`` slots
+ * in use). */
 int64_t vcache_index_apply(uint8_t *table, int64_t slot_count, int64_t limit, struct counts *counts, const uint8_t *keys,
-                           const uint8_t *is_present, int64_t count)
+                           const uint8_t *placements, const uint8_t *is_present, int64_t count)
 {
     struct slot *slots = slots_of(table);
-    uint64_t last = (uint64_t)slot_count - 1, low, high;
+    uint64_t last = (uint64_t)slot_count - 1, low, high, placement[PLACEMENT_WORDS];
     for (int64_t at = 0; at < count; at++) {
         halves(keys + 16 * at, &low, &high);
+        memcpy(placement, placements + PLACEMENT_BYTES * at, PLACEMENT_BYTES);
         if (!is_present[at])
             remove_key(slots, last, counts, low, high);
-        else if (!insert(slots, last, limit, counts, low, high))
+        else if (!insert(slots, last, limit, counts, low, high, placement))
             return at;
     }
     return count;
@@ -123,7 +132,8 @@ void vcache_index_copy(const uint8_t *from, int64_t from_count, uint8_t *to, int
     const struct slot *slots = slots_of(from);
     for (int64_t at = 0; at < from_count; at++)
         if ((slots[at].mark & KIND) == PRESENT)
-            insert(slots_of(to), (uint64_t)to_count - 1, to_count, counts, slots[at].low, slots[at].high);
+            insert(slots_of(to), (uint64_t)to_count - 1, to_count, counts, slots[at].low, slots[at].high,
+                   slots[at].placement);
 }
 
 void vcache_index_set_state(uint8_t *table, uint64_t state)
@@ -133,21 +143,35 @@ void vcache_index_set_state(uint8_t *table, uint64_t state)
 
 /* --- readers ---------------------------------------------------------------------------------------------------------- */
 
-static int has(const struct slot *slots, uint64_t last, uint64_t low, uint64_t high)
+/* Whether the slot has the key now; then also its placement. EMPTY: no slot beyond has it. */
+static int look(const struct slot *slot, uint64_t low, uint64_t high, uint64_t *placement)
+{
+    for (int tries = 0; tries < LOOKS; tries++) {
+        uint64_t before = __atomic_load_n(&slot->mark, __ATOMIC_ACQUIRE);
+        if ((before & KIND) == EMPTY)
+            return EMPTY;
+        if ((before & KIND) == CHANGING)
+            continue;
+        if ((before & KIND) != PRESENT || __atomic_load_n(&slot->low, __ATOMIC_RELAXED) != low ||
+            __atomic_load_n(&slot->high, __ATOMIC_RELAXED) != high)
+            return REMOVED;
+        for (int word = 0; word < PLACEMENT_WORDS; word++)
+            placement[word] = __atomic_load_n(&slot->placement[word], __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&slot->mark, __ATOMIC_RELAXED) == before)
+            return PRESENT;
+        /* It changed under our eyes: these may be parts of two. */
+    }
+    return REMOVED; /* its writer was stopped in the middle of a change, perhaps: the key has just come or just gone */
+}
+
+static int has(const struct slot *slots, uint64_t last, uint64_t low, uint64_t high, uint64_t *placement)
 {
     uint64_t at = home_of(low, high) & last;
     for (uint64_t seen = 0; seen <= last; seen++, at = (at + 1) & last) {
-        const struct slot *slot = slots + at;
-        uint64_t before = __atomic_load_n(&slot->mark, __ATOMIC_ACQUIRE);
-        if ((before & KIND) == EMPTY)
-            return 0;
-        if ((before & KIND) != PRESENT || __atomic_load_n(&slot->low, __ATOMIC_RELAXED) != low ||
-            __atomic_load_n(&slot->high, __ATOMIC_RELAXED) != high)
-            continue;
-        __atomic_thread_fence(__ATOMIC_ACQUIRE);
-        if (__atomic_load_n(&slot->mark, __ATOMIC_RELAXED) == before)
-            return 1;
-        /* It changed under our eyes: these may be halves of two keys. The key, if it is there, has just come or just gone. */
+        int kind = look(slots + at, low, high, placement);
+        if (kind != REMOVED)
+            return kind == PRESENT;
     }
     return 0;
 }
@@ -158,8 +182,10 @@ static uint64_t state_of(const uint8_t *table)
 }
 
 /* The length of the leading run of keys that are present; negative when the table cannot say: OWNER_GONE, or -1 - state for a
- * state that is not live. The server holds the file's flock for as long as it lives and the table is the present one. */
-int64_t vcache_index_run(const uint8_t *table, int64_t slot_count, int fd, const uint8_t *keys, int64_t count)
+ * state that is not live. The server holds the file's flock for as long as it lives and the table is the present one.
+ * ``placements``, unless null, takes those of the run; NOT_PLACED when that of one is not said. */
+int64_t vcache_index_run(const uint8_t *table, int64_t slot_count, int fd, const uint8_t *keys, int64_t count,
+                         uint8_t *placements)
 {
     uint64_t state = state_of(table);
     if (state == STATE_LIVE && (flock(fd, LOCK_SH | LOCK_NB) == 0 || errno != EWOULDBLOCK)) {
@@ -171,15 +197,20 @@ int64_t vcache_index_run(const uint8_t *table, int64_t slot_count, int fd, const
     if (state != STATE_LIVE)
         return -1 - (int64_t)state;
     const struct slot *slots = slots_of(table);
-    uint64_t last = (uint64_t)slot_count - 1, low, high;
+    uint64_t last = (uint64_t)slot_count - 1, low, high, placement[PLACEMENT_WORDS];
     for (int64_t at = 0; at < count; at++) {
         if (at + AHEAD < count) {
             halves(keys + 16 * (at + AHEAD), &low, &high);
             __builtin_prefetch(slots + (home_of(low, high) & last));
         }
         halves(keys + 16 * at, &low, &high);
-        if (!has(slots, last, low, high))
+        if (!has(slots, last, low, high, placement))
             return at;
+        if (!placements)
+            continue;
+        if (!placement[GENERATION])
+            return NOT_PLACED;
+        memcpy(placements + PLACEMENT_BYTES * at, placement, PLACEMENT_BYTES);
     }
     return count;
 }

@@ -13,12 +13,12 @@ from typing import Final
 
 from vcache.native import native_library
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MAGIC: Final = b"VCACHIDX"
 #: Magic, version, term, slots, state.
 HEADER: Final = struct.Struct("<8sQQQQ")
 HEADER_BYTES: Final = 64
-SLOT_BYTES: Final = 24
+SLOT_BYTES: Final = 64
 
 
 class State(IntEnum):
@@ -32,6 +32,8 @@ class State(IntEnum):
 
 #: What ``index_run`` answers when nobody holds the file's lock.
 OWNER_GONE: Final = -16
+#: What it answers where placements are asked for, and the server is to be asked for one: there are several, say.
+NOT_PLACED: Final = -17
 
 
 def state_answer(state: State) -> int:
@@ -54,9 +56,9 @@ _library = native_library("vcache.pool._shared_index")
 _ADDRESS, _NUMBER, _BYTES = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
 _COUNTS = ctypes.POINTER(Counts)
 
-#: (table, slots, limit, counts, keys, whether each is present, how many) -> how many were done before it was full.
+#: (table, slots, limit, counts, keys, placements, whether each is present, how many) -> how many were done before it was full.
 index_apply = _library.vcache_index_apply
-index_apply.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _COUNTS, _BYTES, _BYTES, _NUMBER]
+index_apply.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _COUNTS, _BYTES, _BYTES, _BYTES, _NUMBER]
 index_apply.restype = _NUMBER
 #: (from, its slots, to, its slots, counts of the latter)
 index_copy = _library.vcache_index_copy
@@ -66,7 +68,8 @@ index_copy.restype = None
 index_set_state = _library.vcache_index_set_state
 index_set_state.argtypes = [_ADDRESS, ctypes.c_uint64]
 index_set_state.restype = None
-#: (table, slots, descriptor, keys, how many) -> the length of the leading run present, or a negative ``state_answer``.
+#: (table, slots, descriptor, keys, how many, buffer for placements or None) -> the length of the leading run present, or a
+#: negative ``state_answer``.
 index_run = _library.vcache_index_run
-index_run.argtypes = [_ADDRESS, _NUMBER, ctypes.c_int, _BYTES, _NUMBER]
+index_run.argtypes = [_ADDRESS, _NUMBER, ctypes.c_int, _BYTES, _NUMBER, _BYTES]
 index_run.restype = _NUMBER

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 KEY_BYTES: Final = 16
 MAX_KEYS_PER_CALL: Final = 16_384
 MAX_ITEMS_PER_PAGE: Final = 4_096

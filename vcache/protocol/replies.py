@@ -39,6 +39,8 @@ class Orders(Message, tag=65):
     demote: list[tuple[int, list[DemoteItem]]]
     #: (segment number, another host's segment, its records) for this donor to copy into the former, see ``Pulled``.
     pull: list[tuple[int, SegmentInfo, list[PullItem]]]
+    #: Segments that have registered since the last heartbeat that was answered: who reads in shared memory hears of them here.
+    segments: list[SegmentInfo]
 
 
 class Registered(Message, tag=66):

@@ -8,7 +8,6 @@ import msgspec
 
 from vcache.protocol.fields import (
     MAX_ITEMS_PER_PAGE,
-    MAX_KEYS_PER_CALL,
     U32,
     U63,
     Announced,
@@ -131,10 +130,15 @@ class Locate(Request, tag=24):
 
 
 class LeaseRun(Request, tag=25):
-    """Leases the leading run of these chunks that is present (one-way). The lease has this request's id for a name."""
+    """Leases the leading run of these chunks that is present (one-way). The lease has this request's id for a name.
+
+    ``is_read``: the first rank's shards, which the reader knows from shared memory, are being read; a release may say what of it
+    did not validate.
+    """
 
     keys: KeyBlob
     lease_s: Seconds
+    is_read: bool = False
 
 
 class Acquire(Request, tag=9):
@@ -146,13 +150,14 @@ class Acquire(Request, tag=9):
 
 
 class Release(Request, tag=10):
-    """Ends a lease (one-way). ``invalid``: indices in the run whose record did not validate: the placements are dropped.
+    """Ends a lease (one-way). ``invalid``: generations whose record did not validate: those of them that the lease covers, and that
+    are still placed there, are dropped.
 
     ``lease``: as the server said it; or, with ``is_named``, the id of the ``LeaseRun`` that asked for it.
     """
 
     lease: U63
-    invalid: Annotated[list[U32], msgspec.Meta(max_length=MAX_KEYS_PER_CALL)]
+    invalid: Generations
     is_named: bool = False
 
 
