@@ -108,7 +108,7 @@ class Registrar:
         segment.info = msgspec.structs.replace(segment.info, remote=remote)
         for session in self._members:
             session.told.discard(segment.number)
-            session.told_version = -1
+            session.told_version = session.news_version = -1
 
     def _may_register(self, donor: Session, request: protocol.RegisterSegment, known: Segment | None) -> None:
         last = self._dropped.get(request.segment_id, -1)

@@ -1,6 +1,6 @@
 """Opaque objects in the pool, by key: what both LMCache modes are made of.
 
-Every call is one round trip per run of keys, never raises because something is unavailable, and copies on the caller's thread.
+Every call is at most one round trip per run of keys, never raises because something is unavailable, and copies on the caller's thread.
 Not here: LMCache's interfaces, threads, which form an object has.
 """
 
