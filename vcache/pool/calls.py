@@ -34,6 +34,8 @@ Taken = TypeVar("Taken")
 _TURN_MS: Final = 5
 #: Between turns: a lock given up and taken again at once would never go to whoever waits for it.
 _BREATH_S: Final = 0.0005
+#: Messages that can wait: more of them are sent although nothing else is.
+_MOST_WAITING: Final = 64
 _CLOSE_LINGER_MS: Final = 500
 
 
@@ -144,7 +146,7 @@ class Calls:
         if message.is_seen:  # counted once it is in the queue, which a call empties after it has looked at the count
             with self._count_lock:
                 self._to_be_seen += 1
-        if not message.can_wait:
+        if not message.can_wait or len(self._one_way) >= _MOST_WAITING:
             self.flush()
 
     def name(self) -> int:

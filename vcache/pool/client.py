@@ -57,6 +57,8 @@ _REMOVAL_EXTRA_S: Final = 5.0
 _STOP_TIMEOUT_S: Final = 5.0
 #: A server that answers heartbeats and no calls is not asked for ever.
 _SETTLE_TRIES: Final = 5
+#: A read of less is over before the server has heard of its lease, which then only says that the chunks were used.
+_LEASED_AT_ONCE_BYTES: Final = 64 << 20
 _NO_HITS: Final = Hits(id=0, term=0, hits=0, lease=0)
 
 Reply = TypeVar("Reply", bound=AnyReply)
@@ -172,7 +174,8 @@ class PoolClient:
         The lease is the caller's to ``release``. ``None`` when the server is unavailable.
 
         Where the server is on this host, the first rank's placements are read from shared memory, and the lease is asked for
-        behind that, without waiting. What is evicted before the server reads of it does not validate: it is a miss.
+        behind that, without waiting: at once for a long read, with the next message for a short one. What is evicted before the
+        server reads of it does not validate: it is a miss.
         """
         _check_keys(keys)
         lease_s = self.config.client.lease
@@ -383,18 +386,21 @@ class PoolClient:
         if acquired is not None:
             self.count("index_acquires")
             if name:
-                self._ask_lease(name, keys[: KEY_BYTES * len(acquired.placements)], lease_s, is_read=True)
+                hits = len(acquired.placements)
+                is_long = hits * int(acquired.placements["nbytes"][0]) >= _LEASED_AT_ONCE_BYTES
+                self._ask_lease(name, keys[: KEY_BYTES * hits], lease_s, is_read=True, can_wait=not is_long)
         return acquired
 
     def _lease_run(self, keys: bytes, lease_s: float) -> int:
         name = self._calls.name()
-        self._ask_lease(name, keys, lease_s, is_read=False)
+        self._ask_lease(name, keys, lease_s, is_read=False, can_wait=False)
         return self.session.leased_as(name)
 
-    def _ask_lease(self, name: int, keys: bytes, lease_s: float, *, is_read: bool) -> None:
-        self._tell(
-            OneWay(lambda id_, session, term: protocol.LeaseRun(id_, session, term, keys, lease_s, is_read), id=name)
-        )
+    def _ask_lease(self, name: int, keys: bytes, lease_s: float, *, is_read: bool, can_wait: bool) -> None:
+        def make(id_: int, session: bytes, term: int) -> protocol.LeaseRun:
+            return protocol.LeaseRun(id_, session, term, keys, lease_s, is_read)
+
+        self._tell(OneWay(make, can_wait=can_wait, id=name))
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None
