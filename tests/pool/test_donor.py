@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.pool.conftest import QUICK
+from tests.pool.conftest import QUICK, asking
 from tests.pool.payloads import copy_out, fill, load, new_keys, start_write, store, until, until_serving
 from vcache import protocol
 from vcache.config import VCacheConfig
@@ -60,8 +60,9 @@ def test_closing_takes_the_segment_and_its_entries_back(pool, runtime_dir):
     until(lambda: not client.mappings.mapped(), "the mapping is closed")
 
 
-def test_closing_waits_for_leases_and_gives_no_new_ones(pool, quick):
-    _, _, client, donor = pool
+def test_closing_waits_for_leases_and_gives_no_new_ones(pool, quick, open_client):
+    config, _, _, donor = pool
+    client = open_client(asking(config))
     keys = new_keys(2)
     assert store(client, keys) == 2
     read = begin_read(client, keys, 0)
@@ -75,8 +76,9 @@ def test_closing_waits_for_leases_and_gives_no_new_ones(pool, quick):
     assert not closing.is_alive()
 
 
-def test_closing_does_not_wait_longer_than_it_was_told(pool):
-    _, _, client, donor = pool
+def test_closing_does_not_wait_longer_than_it_was_told(pool, open_client):
+    config, _, _, donor = pool
+    client = open_client(asking(config))
     keys = new_keys(1)
     assert store(client, keys) == 1
     read = begin_read(client, keys, 0)

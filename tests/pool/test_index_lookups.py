@@ -12,6 +12,8 @@ from tests.support.processes import host_directory
 from vcache.config import VCacheConfig
 from vcache.pool.client import PoolClient
 from vcache.pool.reading import begin_read
+from vcache.pool.session import Session
+from vcache.protocol import PLACEMENT, SegmentInfo, Tier, Welcome
 
 
 @pytest.fixture
@@ -297,3 +299,27 @@ def test_a_lookup_after_close_finds_nothing(quick, open_client, open_donor, read
     assert store(writer, keys) == 2 == hits(reader, keys)
     reader.close()
     assert hits(reader, keys) == 0
+
+
+HERE, THERE = b"h" * 16, b"t" * 16
+GPU = "6c1b9f4e-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "handle", "may_be_read"),
+    [
+        (HERE, "cpu:0", b"segment", True),
+        (HERE, GPU, b"vmm 2097152 segment.sock", True),
+        (HERE, GPU, b"ipc " + bytes(64), False),
+        (THERE, "cpu:0", b"segment", False),
+    ],
+)
+def test_without_a_lease_that_is_known_to_be_held_nothing_is_read_that_its_donor_may_free(
+    host: bytes, device: str, handle: bytes, may_be_read: bool
+) -> None:
+    session = Session(b"s" * 16, host=HERE)
+    info = SegmentInfo(3, b"i" * 16, 1, Tier.VRAM, host, device, 1 << 21, handle, "")
+    session.open(Welcome(1, 7, 1.0, 10.0, [info], "index"))
+    found = session.found(7, PLACEMENT.pack(3, 0, 2, 4096, 4096), name=5)
+    assert (found is not None) is may_be_read
+    assert session.released(-5) is may_be_read, "a lease that is not asked for is not held"

@@ -16,6 +16,10 @@ IndexArray = npt.NDArray[np.int64]
 WORD_BYTES = 8
 
 
+#: What the handles of CUDA IPC begin with, whose memory must not be used once its exporter has freed it, or is dead.
+IPC = b"ipc "
+
+
 def is_host(device: str) -> bool:
     """Whether a device ("cpu:0", a GPU's UUID, "cuda:1") is the host: how memory is opened follows from it, not from its tier."""
     return device.startswith("cpu:")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from vcache.errors import CapacityError, CorruptionError, UnavailableError
 from vcache.memory import cuda_ipc, cuda_vmm
+from vcache.memory.base import IPC
 from vcache.memory.cuda_driver import CudaError, call, can_read, device_ordinal, device_uuid, on_device, zero
 from vcache.memory.cuda_words import CudaWords
 from vcache.memory.foreign_tensor import tensor_over
@@ -31,7 +32,6 @@ HandleKind = Literal["auto", "vmm", "ipc"]
 _ALIGNMENT: Final = 4096
 #: What a handle begins with.
 _VMM: Final = b"vmm "
-_IPC: Final = b"ipc "
 
 
 class CudaMemory:
@@ -78,7 +78,7 @@ class CudaMemory:
                     if handles == "vmm":
                         raise UnavailableError(f"segment.cuda_handles = 'vmm': {error}; use auto or ipc") from error
                     logger.warning("the segment on %s is shared by CUDA IPC instead of VMM handles: %s", device, error)
-            return cls._create(runtime, segment_id, nbytes, ordinal, _IPC)
+            return cls._create(runtime, segment_id, nbytes, ordinal, IPC)
 
     @classmethod
     def _create(cls, runtime: RuntimeDir, segment_id: bytes, nbytes: int, ordinal: int, kind: bytes) -> CudaMemory:
@@ -119,7 +119,7 @@ class CudaMemory:
             try:
                 if kind == _VMM:
                     address = cuda_vmm.open_handle(stack, runtime, opaque, nbytes, reader=ordinal)
-                elif kind == _IPC:
+                elif kind == IPC:
                     address = cuda_ipc.open_handle(stack, opaque)
                 else:
                     raise CorruptionError(f"{kind!r} is no kind of handle")

@@ -85,6 +85,7 @@ class PoolClient:
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self.session = Session(
             b"\x01" + secrets.token_bytes(15),
+            host=self.host,
             max_named=min(MAX_OUTSTANDING, config.server.max_message_bytes // RESERVATION_WIRE_BYTES),
         )
         self._count_lock = threading.Lock()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
+from vcache.memory.base import IPC, is_host
 from vcache.protocol import (
     KEY_BYTES,
     Allocate,
@@ -76,8 +77,9 @@ class _Held:
 class Session:
     """Thread-safe; never waits. ``term`` is 0 while there is no session."""
 
-    def __init__(self, session_id: bytes, *, max_named: int = MAX_OUTSTANDING) -> None:
+    def __init__(self, session_id: bytes, *, host: bytes, max_named: int = MAX_OUTSTANDING) -> None:
         self.id = session_id
+        self._host = host
         self._max_named = max_named
         self.term = 0
         #: The file of the server's index, which is there if the server is on this host.
@@ -163,14 +165,17 @@ class Session:
     def found(self, term: int, placements: bytes, name: int) -> Acquired | None:
         """A run that was read in shared memory, under a lease that is asked for by a name of our own (0: none, of an empty run).
 
-        ``None`` when the term has changed, or a segment is not known here.
+        ``None`` when the term has changed, a segment is not known here, or may not be read without a lease that is known to be
+        held: its donor waits for leases before it gives up memory that must not be read any more then.
         """
         rows = np.frombuffer(placements, dtype=PLACEMENT_DTYPE)
         with self._lock:
             if term != self.term:
                 return None
             infos = self._named(rows)
-            if len(infos) < len(set(rows["segment"].tolist())):
+            if len(infos) < len(set(rows["segment"].tolist())) or not all(
+                map(self._outlives_its_donor, infos.values())
+            ):
                 return None
             if name:
                 self._held.leases.add(-name)
@@ -310,6 +315,10 @@ class Session:
         """Whether a writer may still be at work."""
         with self._lock:
             return not self._held.outstanding.keys() <= self._held.untold
+
+    def _outlives_its_donor(self, info: SegmentInfo) -> bool:
+        """Whether a mapping of this segment can be read whatever its donor does, and the segment is mapped, being this host's."""
+        return info.host == self._host and (is_host(info.device) or not info.handle.startswith(IPC))
 
     def _saw(self, term: int, placements: PlacementArray) -> None:
         if term == self._last_term and len(placements):
