@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vcache.completions import Completions
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
@@ -58,13 +59,16 @@ class BlockCache:
         model: ModelSpec,
         rank: int,
         counters: Counters,
+        completions: Completions | None = None,
     ) -> None:
+        """``completions``: who ends stores that need not be waited for (``end_store``); without, they are ended at once."""
         self._client = client
         self._below = below
         self._promotion = promotion
         self._model = model
         self._rank = rank
         self._counters = counters
+        self._completions = completions
         self._in_flight = InFlight()
         self._failures = FailureLog(logger)
 
@@ -76,6 +80,7 @@ class BlockCache:
         A lease covers at most the first ``protocol.MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
         """
         started = time.perf_counter()
+        self._await_own_stores()
         pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
         if pin_s and pool:
             self.pin(keys[:pool], pin_s)
@@ -93,6 +98,7 @@ class BlockCache:
 
     def contains(self, key: ChunkKey) -> int:
         """0: in the pool with all ranks' shards, 1: in the store, -1: nowhere."""
+        self._await_own_stores()
         if self._shielded("contains", lambda: self._client.lookup(key).hits, 0):
             return 0
         return 1 if self._run_below("contains", [key]) else -1
@@ -102,6 +108,7 @@ class BlockCache:
     ) -> PendingRetrieve:
         """Starts to load the leading run of ``keys``, consecutive chunks after ``parent``, into blocks ``[len(keys), blocks
         per chunk]`` of ``kv``."""
+        self._await_own_stores()
         entered = self._in_flight.enter()
         pending = PendingRetrieve(self if entered else None, kv, keys, block_ids, parent=parent, tenant=tenant)
         if not entered:
@@ -166,6 +173,13 @@ class BlockCache:
                 write.copy_from(kv, block_ids[start + write.granted])
                 start += len(part)
 
+    def end_store(self, store: PendingStore) -> None:
+        """Completes it; where the copies are a GPU's, later, in the background. Then this cache's other calls wait for it."""
+        if self._completions is not None:
+            self._completions.add(store)
+        else:
+            store.complete()
+
     def complete_store(self, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], started: float) -> int:
         """The second half of ``begin_store``; its result calls it, once."""
         stored = granted = 0
@@ -208,14 +222,17 @@ class BlockCache:
 
     def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction; how many."""
+        self._await_own_stores()
         return self._shielded("pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in parts_of(keys)), 0)
 
     def unpin(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins; how many."""
+        self._await_own_stores()
         return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in parts_of(keys)), 0)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int | None:
         """Removes chunks with all ranks' shards from pool and store; how many the pool had. ``None``: not all confirmed it."""
+        self._await_own_stores()
         removed = self._remove_from_pool(keys)
         below = self._below
         if below is not None:  # after the pool: what it has no longer cannot be written to the store again
@@ -229,10 +246,12 @@ class BlockCache:
 
     def clear(self, tenant: int | None) -> int | None:
         """Removes a tenant's chunks, or all, from the pool; how many. ``None``: that was not confirmed."""
+        self._await_own_stores()
         return self._confirmed(self._shielded("clear", lambda: self._client.clear(tenant), None))
 
     def stats(self) -> dict[str, StatsValue]:
         """Counters and the server's state, by the names of ``vcache/stats.py``."""
+        self._await_own_stores()
         server = self._shielded("stats", self._client.stats, None)
         client = {f"client_{name}": value for name, value in self._client.counters.items()}
         below = self._below.stats() if self._below is not None else {}
@@ -256,10 +275,18 @@ class BlockCache:
     def flush(self, timeout_s: float) -> bool:
         """Waits until the server has read of all that was stored, and the store below has it, or it was dropped: whether
         that came in time. For a server that is away it waits as long as a new engine does."""
-        patience_s = min(timeout_s, self._client.config.client.connect_timeout)
+        deadline = time.monotonic() + timeout_s
+        is_ended = self._completions is None or self._completions.wait(timeout_s)
+        left_s = max(0.0, deadline - time.monotonic())
+        patience_s = min(left_s, self._client.config.client.connect_timeout)
         is_told = self._shielded("flush", lambda: self._client.settle(patience_s), False)
-        is_written = self._below is None or self._below.flush(timeout_s)
-        return is_told and is_written
+        is_written = self._below is None or self._below.flush(left_s)
+        return is_ended and is_told and is_written
+
+    def _await_own_stores(self) -> None:
+        """What this cache was given to store is found by its other calls, as if the store had ended when it returned."""
+        if self._completions is not None:
+            self._completions.wait(self._client.config.client.call_timeout)
 
     def _run_below(self, operation: str, keys: Sequence[ChunkKey]) -> int:
         below = self._below if keys else None

@@ -29,6 +29,7 @@ from vcache.arguments import (
 )
 from vcache.block_cache import BlockCache
 from vcache.chunk_plan import plan_chunks
+from vcache.completions import Completions
 from vcache.config import DEFAULT_ORIGIN, VCacheConfig
 from vcache.construction import await_pool, check_construction, device_of
 from vcache.devices import device_name
@@ -119,7 +120,16 @@ class VCacheEngine:
         if where is not None:
             moves = MovesUp(self._client, self._below.store if self._below is not None else None, model, rank)
             self._promotion = Promotion(moves, self.config.promotion, device=where)
-        self._cache = BlockCache(self._client, self._below, self._promotion, model=model, rank=rank, counters=counters)
+        self._completions = Completions(where) if where is not None and where.type == "cuda" else None
+        self._cache = BlockCache(
+            self._client,
+            self._below,
+            self._promotion,
+            model=model,
+            rank=rank,
+            counters=counters,
+            completions=self._completions,
+        )
         self._closing = threading.Lock()
         self._closed = False
         try:
@@ -170,7 +180,9 @@ class VCacheEngine:
             slots are whole and in order.
         pin: seconds for which the chunks are kept from eviction.
 
-        When it returns the bytes are copied and committed, and readers find them as soon as the server has read its mail.
+        When it returns the bytes are copied and committed, and readers find them as soon as the server has read its mail. On a GPU
+        it only enqueues, on the current stream: what that stream does next may change the blocks, and readers find the chunks once
+        the device has copied them. This engine's other calls wait for that; so does ``flush``.
         """
         kv = self._kv_of(kvcaches)
         keys = self.keys_of(tokens, salt=salt, extra_keys=extra_keys)
@@ -179,7 +191,7 @@ class VCacheEngine:
             kv, plan.keys, parent=plan.parent, tenant=tenant_of(salt), pin_s=pin_seconds(pin)
         )
         pending.copy_from(plan.block_ids)
-        pending.complete()
+        self._cache.end_store(pending)
 
     def retrieve(
         self,
@@ -395,6 +407,8 @@ class VCacheEngine:
 
     def _release_all(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
+        if self._completions is not None:
+            self._completions.close()
         if self._promotion is not None:
             self._promotion.close(timeout_s / 4)
         if self._below is not None:  # before the client: it reads what it writes from the pool
