@@ -175,7 +175,7 @@ class PoolClient:
         The lease is the caller's to ``release``. ``None`` when the server is unavailable.
 
         Where the server is on this host, the first rank's placements are read from shared memory, and the lease is asked for
-        behind that, without waiting: at once for a long read, with the next message for a short one. What is evicted before the
+        behind that, without waiting: at once for a long read, with its release for a short one. What is evicted before the
         server reads of it does not validate: it is a miss.
         """
         _check_keys(keys)
@@ -193,8 +193,9 @@ class PoolClient:
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
         """Ends a lease; ``invalid``: generations of placements whose record did not validate. Never waits.
 
-        A lease is not worth a message of its own: this one goes with the next that is sent, or before the next heartbeat, unless
-        it says that something did not validate.
+        The end of a lease that the server knows is not worth a message of its own: it goes with the next that is sent, or before the
+        next heartbeat, unless it says that something did not validate. One that was asked for and not waited for is ended at
+        once, since it may be by this that the server hears of the use.
         """
         if lease and self.session.released(lease):
             verdict = list(invalid)
@@ -202,7 +203,7 @@ class PoolClient:
                 OneWay(
                     lambda id_, session, term: protocol.Release(id_, session, term, abs(lease), verdict, lease < 0),
                     is_seen=bool(verdict),  # what did not validate is dropped
-                    can_wait=not verdict,
+                    can_wait=lease > 0 and not verdict,
                 )
             )
 
