@@ -12,16 +12,16 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vcache.keys import ChunkKey
 from vcache.log import KeyText
-from vcache.memory.base import WordArray
 from vcache.pool.client import PLACEMENT_DTYPE, PlacementArray, PoolClient
 from vcache.pool.mappings import Use
+from vcache.pool.parts import Part, parted
 from vcache.pool.records import LAYOUT, hold, key_words
 from vcache.pool.segment import Segment
 from vcache.remote.fetch import fetched
@@ -86,17 +86,6 @@ def begin_read(client: PoolClient, keys: Sequence[ChunkKey], rank: int) -> Pendi
         raise
 
 
-class _Part(NamedTuple):
-    """What of a run lies in one segment of this host: indices of its chunks, and their placements' columns."""
-
-    number: int
-    segment: Segment
-    chunks: Int64Array
-    records: Int64Array
-    generations: WordArray
-    offsets: Int64Array
-
-
 class PendingRead:
     """A leased run. Copy it, then ``complete``; until that answers, nothing that was copied may be used.
 
@@ -124,7 +113,7 @@ class PendingRead:
         self._copied = np.zeros(len(placements), dtype=np.bool_)
         self._held = np.zeros(len(placements), dtype=np.bool_)
         #: Parts that were copied by kernels, as they were then.
-        self._enqueued: list[tuple[_Part, EnqueuedRead]] = []
+        self._enqueued: list[tuple[Part, EnqueuedRead]] = []
         self._valid: int | None = None
 
     @property
@@ -175,11 +164,11 @@ class PendingRead:
             self._copy(part, copy_out)
         self._copy_from_elsewhere(copy_out, layout=layout)
 
-    def _copy(self, part: _Part, copy_out: CopyOut) -> None:
+    def _copy(self, part: Part, copy_out: CopyOut) -> None:
         copy_out(part.segment, part.chunks, part.offsets)
         self._copied[part.chunks] = True
 
-    def _enqueue(self, part: _Part, copy_out: CopyOut, layout: int, device: torch.device) -> None:
+    def _enqueue(self, part: Part, copy_out: CopyOut, layout: int, device: torch.device) -> None:
         from vcache.pool.enqueued_records import EnqueuedRead  # needs triton
 
         keys = key_words(b"".join(self._keys))[part.chunks]
@@ -256,16 +245,8 @@ class PendingRead:
                 self._end(invalid)
         return self._valid
 
-    def _parted(self) -> list[_Part]:
-        is_one = len(self._uses) == 1 and not self._remote
-        parts = []
-        for number, use in self._uses:
-            chunks = np.arange(self.hits) if is_one else np.flatnonzero(self.placements["segment"] == number)
-            if chunks.size:
-                rows = self.placements if is_one else self.placements[chunks]
-                records, offsets = rows["record"].astype(np.int64), rows["offset"].astype(np.int64)
-                parts.append(_Part(number, use.segment, chunks, records, rows["generation"], offsets))
-        return parts
+    def _parted(self) -> list[Part]:
+        return parted(self.placements, self._uses, in_one=len(self._uses) == 1 and not self._remote)
 
     def _validated(self) -> npt.NDArray[np.bool_]:
         """Which chunks of the run were there behind their copies. It ends before those that turn out to be of another layout."""

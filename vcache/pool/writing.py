@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from vcache.log import KeyText
 from vcache.memory.base import WordArray
 from vcache.pool.client import PLACEMENT_DTYPE, Granted, PlacementArray, PoolClient
 from vcache.pool.mappings import Use
+from vcache.pool.parts import Part, parted
 from vcache.pool.records import RunFields, key_words, pack
 from vcache.pool.segment import Segment
 from vcache.protocol import KEY_BYTES, Outcome, Tier
@@ -80,17 +81,6 @@ def begin_write(
     return write
 
 
-class _Part(NamedTuple):
-    """What of a write lies in one segment: indices in ``granted``, and their placements' columns."""
-
-    number: int
-    segment: Segment
-    chunks: Int64Array
-    records: Int64Array
-    generations: WordArray
-    offsets: Int64Array
-
-
 class PendingWrite:
     """Granted chunks, on their way into the pool. Copy them, then ``complete``. Not thread-safe.
 
@@ -121,7 +111,7 @@ class PendingWrite:
         self._run = run
         self._device = device
         self._uses: dict[int, Use] = {}
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         #: By number, the segments whose records kernels mark and commit; None: not yet.
         self._enqueued: dict[int, EnqueuedWrite | None] = {}
         self._copied = False
@@ -288,7 +278,7 @@ class PendingWrite:
         for use in self._uses.values():
             use.release()
 
-    def _enqueue(self, part: _Part, kv: PagedKV, block_ids: Int64Array) -> None:
+    def _enqueue(self, part: Part, kv: PagedKV, block_ids: Int64Array) -> None:
         """Marks and copies by kernels, which write nothing where a record is not free."""
         from vcache.pool.enqueued_records import EnqueuedWrite  # needs triton
         from vcache.transfer import cuda
@@ -332,16 +322,8 @@ class PendingWrite:
             self.granted, self.placements = self.granted[~which], self.placements[~which]
             self._parts = self._parted()
 
-    def _parted(self) -> list[_Part]:
-        is_one = len(self._uses) == 1
-        parts = []
-        for number, use in self._uses.items():
-            chunks = np.arange(len(self.placements)) if is_one else np.flatnonzero(self.placements["segment"] == number)
-            if chunks.size:
-                rows = self.placements if is_one else self.placements[chunks]
-                records, offsets = rows["record"].astype(np.int64), rows["offset"].astype(np.int64)
-                parts.append(_Part(number, use.segment, chunks, records, rows["generation"], offsets))
-        return parts
+    def _parted(self) -> list[Part]:
+        return parted(self.placements, self._uses.items(), in_one=len(self._uses) == 1)
 
     def _rows(self) -> WordArray:
         keys = key_words(b"".join(self._keys))
