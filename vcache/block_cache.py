@@ -80,8 +80,7 @@ class BlockCache:
         A lease covers at most the first ``protocol.MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
         """
         started = time.perf_counter()
-        self._await_own_stores()
-        pool, lease = self._shielded("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
+        pool, lease = self._behind_stores("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
         if pin_s and pool:
             self.pin(keys[:pool], pin_s)
         store = self._run_below("lookup", keys[pool:])
@@ -98,8 +97,7 @@ class BlockCache:
 
     def contains(self, key: ChunkKey) -> int:
         """0: in the pool with all ranks' shards, 1: in the store, -1: nowhere."""
-        self._await_own_stores()
-        if self._shielded("contains", lambda: self._client.lookup(key).hits, 0):
+        if self._behind_stores("contains", lambda: self._client.lookup(key).hits, 0):
             return 0
         return 1 if self._run_below("contains", [key]) else -1
 
@@ -207,8 +205,8 @@ class BlockCache:
     ) -> PrefetchHandle:
         """Begins to bring into the pool what the store has of ``keys`` after the pool's run, for tensors like ``kv``."""
         keys = list(keys)
-        handle = PrefetchHandle(lambda: self._shielded("prefetch", lambda: self._lookup_pool(keys)[0], 0))
-        pool = self._shielded("prefetch", lambda: self._lookup_pool(keys)[0], len(keys))
+        handle = PrefetchHandle(lambda: self._behind_stores("prefetch", lambda: self._lookup_pool(keys)[0], 0))
+        pool = self._behind_stores("prefetch", lambda: self._lookup_pool(keys)[0], len(keys))
         if self._promotion is None or self._below is None or pool == len(keys):
             handle.end()
         else:
@@ -222,17 +220,18 @@ class BlockCache:
 
     def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction; how many."""
-        self._await_own_stores()
-        return self._shielded("pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in parts_of(keys)), 0)
+        return self._behind_stores(
+            "pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in parts_of(keys)), 0
+        )
 
     def unpin(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins; how many."""
-        self._await_own_stores()
-        return self._shielded("unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in parts_of(keys)), 0)
+        return self._behind_stores(
+            "unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in parts_of(keys)), 0
+        )
 
     def remove(self, keys: Sequence[ChunkKey]) -> int | None:
         """Removes chunks with all ranks' shards from pool and store; how many the pool had. ``None``: not all confirmed it."""
-        self._await_own_stores()
         removed = self._remove_from_pool(keys)
         below = self._below
         if below is not None:  # after the pool: what it has no longer cannot be written to the store again
@@ -246,13 +245,11 @@ class BlockCache:
 
     def clear(self, tenant: int | None) -> int | None:
         """Removes a tenant's chunks, or all, from the pool; how many. ``None``: that was not confirmed."""
-        self._await_own_stores()
-        return self._confirmed(self._shielded("clear", lambda: self._client.clear(tenant), None))
+        return self._confirmed(self._behind_stores("clear", lambda: self._client.clear(tenant), None))
 
     def stats(self) -> dict[str, StatsValue]:
         """Counters and the server's state, by the names of ``vcache/stats.py``."""
-        self._await_own_stores()
-        server = self._shielded("stats", self._client.stats, None)
+        server = self._behind_stores("stats", self._client.stats, None)
         client = {f"client_{name}": value for name, value in self._client.counters.items()}
         below = self._below.stats() if self._below is not None else {}
         promotion = self._promotion.stats() if self._promotion is not None else dict.fromkeys(PROMOTION_VALUES, 0)
@@ -312,7 +309,7 @@ class BlockCache:
         """How many it had; ``None``: of some it does not say that they are gone."""
         removed = 0
         for part in parts_of(keys):
-            count = self._shielded("remove", partial(self._client.remove, b"".join(part)), None)
+            count = self._behind_stores("remove", partial(self._client.remove, b"".join(part)), None)
             if count is None:
                 return None
             removed += count
@@ -409,6 +406,11 @@ class BlockCache:
             store_no_space=write.outcomes.count(Outcome.NO_SPACE),
             store_declined=write.outcomes.count(Outcome.DECLINED),
         )
+
+    def _behind_stores(self, operation: str, call: Callable[[], T], otherwise: T) -> T:
+        """As ``_shielded``, once what this cache was given to store is there to be found."""
+        self._await_own_stores()
+        return self._shielded(operation, call, otherwise)
 
     def _shielded(self, operation: str, call: Callable[[], T], otherwise: T) -> T:
         """The call's result, or ``otherwise`` when it fails or the engine is closed."""
