@@ -83,7 +83,7 @@ def test_a_batch_is_looked_up_and_loaded_without_a_call_to_the_server(two_engine
     calls = engine.plugin._pool.client.counters
     before = calls["calls"]
     assert engine.plugin.batched_contains(keys) == len(keys)
-
+    assert calls["calls"] == before
     for obj in engine.plugin.batched_get_blocking(keys):
         assert obj is not None and obj.get_ref_count() == 1
         obj.ref_count_down()

@@ -173,9 +173,8 @@ class Session:
             if term != self.term:
                 return None
             infos = self._named(rows)
-            if len(infos) < len(set(rows["segment"].tolist())) or not all(
-                map(self._outlives_its_donor, infos.values())
-            ):
+            are_known = all(number in infos for number in rows["segment"].tolist())
+            if not are_known or not all(map(self._outlives_its_donor, infos.values())):
                 return None
             if name:
                 self._held.leases.add(-name)
