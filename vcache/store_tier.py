@@ -182,12 +182,13 @@ class _Scatter:
 
     def go_on(self, loaded: Loaded) -> None:
         """Copies what of the run has not been copied yet."""
-        from vcache.transfer import scatter  # loads torch
+        from vcache.transfer import scatter, settled  # loads torch
 
         run = loaded.run
         if run > self.done:
             blocks, offsets = self._block_ids[self.done : run], loaded.offsets(self.done, run)
-            scatter(self._kv, blocks, self._staging.tensor, offsets, threads=self._threads)
+            with settled(self._kv.device):  # staging memory goes to somebody else before long
+                scatter(self._kv, blocks, self._staging.tensor, offsets, threads=self._threads)
             self.done = run
 
 

@@ -43,13 +43,28 @@ def engine(start_server, start_donor, open_engine, device) -> VCacheEngine:
     return opened
 
 
-def test_whoever_stores_does_not_wait_but_finds_it(engine, open_engine, device, device_is_done):
+@pytest.fixture
+def somebody_waits(monkeypatch) -> threading.Event:
+    """Set when a call begins to wait for the stores before it."""
+    event = threading.Event()
+    wait = Completions.wait
+
+    def noticed(completions: Completions, timeout_s: float) -> bool:
+        event.set()
+        return wait(completions, timeout_s)
+
+    monkeypatch.setattr(Completions, "wait", noticed)
+    return event
+
+
+def test_whoever_stores_does_not_wait_but_finds_it(engine, open_engine, device, device_is_done, somebody_waits):
     other = open_engine(engine.config, device=device)
     engine.store(TOKENS, slot_mapping=slots_of(HERE))
     assert other.lookup(TOKENS) == 0
     found: list[int] = []
     looking = threading.Thread(target=lambda: found.append(engine.lookup(TOKENS)))
     looking.start()
+    assert somebody_waits.wait(60)
     device_is_done.set()
     looking.join()
     assert found == [4 * CHUNK]

@@ -37,6 +37,31 @@ def test_stored_from_planes_into_a_segment_and_back(start_server, start_donor, o
 
 
 @CUDA
+@pytest.mark.parametrize("segment", ["cpu:0", "cuda:0"])
+def test_a_store_leaves_the_device_at_what_it_computes(start_server, start_donor, open_engine, segment):
+    config, _ = start_server(promotion={"policy": "never"})
+    start_donor(config, device=segment)
+    tensors, loaded = new_tensors(NUM_BLOCKS, device="cuda"), new_tensors(NUM_BLOCKS, device="cuda")
+    fill(tensors, TOKENS, HERE)
+    engine = open_engine(config, kv_caches=tensors)
+    engine.store(TOKENS[:8], slot_mapping=slots_of(HERE[:2]))  # it maps the segment, and compiles
+    assert engine.flush()
+    is_over = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    is_over.record()
+    engine.store(TOKENS, slot_mapping=slots_of(HERE))
+    assert not is_over.query()
+    for tensor in tensors:
+        tensor.zero_()  # behind the store, on the same stream
+    mask = engine.retrieve(TOKENS, kvcaches=loaded, slot_mapping=slots_of(THERE))
+    assert is_over.query()
+    assert mask.tolist() == [True] * 32
+    assert wrong_blocks(loaded, TOKENS, THERE, mask.tolist()) == []
+    stats = engine.get_stats()
+    assert (stats["stored"], stats["failures"], stats["client_unpinned_grants"]) == (4, 0, 0)
+
+
+@CUDA
 def test_a_gpu_without_memory_for_the_way_is_a_miss_and_a_store_less(
     start_server, start_donor, open_engine, monkeypatch
 ):

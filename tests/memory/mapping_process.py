@@ -1,7 +1,7 @@
 """A process with a GPU that maps a segment as it is told: ``python -m tests.memory.mapping_process RUNTIME_DIR PLACE``, a command a line.
 
 ``PLACE`` is where the segment is, "host", "vram" or "peer", which is another GPU; it is this process's own, which maps it once more, as another would (by a VMM
-handle that is possible). ``use``, ``release`` (the last use), ``read``, ``drop``, ``idle SECONDS`` (a look at the clock), ``close``:
+handle that is possible). ``use``, ``release`` (the last use), ``pinned SECONDS`` (whether the last use is, within this time), ``read``, ``drop``, ``idle SECONDS`` (a look at the clock), ``close``:
 each answered by ``done`` or what it found.
 """
 
@@ -55,6 +55,8 @@ def main() -> None:
             answer = str(uses[-1].segment.memory.words.load(segment.data_offset // 8))
         elif what == "release":
             uses.pop().release()
+        elif what == "pinned":
+            answer = str(uses[-1].await_pinned(float(rest[0])))
         elif what == "drop":
             mappings.drop((segment_id, 1))
         elif what == "idle":

@@ -6,7 +6,8 @@
  * that is not in relaxed mode are refused, and so is waiting for the whole device.
  *
  * STAND_IN_LOG: a file that gets a line for each call. STAND_IN_FAIL="cuMemMap": that call fails. STAND_IN_LACKS="102": the device
- * attribute of this number is 0. STAND_IN_PEERS=0: no device may use the memory of another. */
+ * attribute of this number is 0. STAND_IN_PEERS=0: no device may use the memory of another. STAND_IN_GATE: a pipe; host memory is
+ * pinned once somebody has opened it to write. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -134,6 +135,8 @@ int cuIpcCloseMemHandle(ptr at) { UNSAFE; return give_up(at, 0); }
 
 int cuMemHostRegister(void *at, size_t size, unsigned flags) {
   UNSAFE;
+  const char *gate = getenv("STAND_IN_GATE");
+  if (gate) close(open(gate, O_RDONLY));
   if (flags != 1 || slot((ptr)at) >= 0) return INVALID_VALUE;
   for (size_t i = 0; i < size; i += 4096) (void)*((volatile char *)at + i); /* all of it is there */
   return take((ptr)at, size, -1, PINNED, 0);

@@ -13,8 +13,10 @@ from tests.support.processes import PATIENCE_S, REPOSITORY, child_environment
 PROGRAM = """
 import json
 from vcache.config import VCacheConfig
-from vcache.doctor.gpus import sharing
-print(json.dumps({found.about: (found.state, found.detail, found.fix) for found in sharing(VCacheConfig(), timeout_s=60)}))
+from vcache.doctor.gpus import pinning, sharing
+config = VCacheConfig()
+findings = [*sharing(config, timeout_s=60), pinning(config)]
+print(json.dumps({found.about: (found.state, found.detail, found.fix) for found in findings}))
 """
 
 
@@ -38,6 +40,7 @@ def test_where_both_kinds_work_all_is_well(examined):
     assert list(found) == [
         *("VMM handles on cuda:0", "CUDA IPC on cuda:0", "cuda:1 with memory of cuda:0"),
         *("VMM handles on cuda:1", "CUDA IPC on cuda:1", "cuda:0 with memory of cuda:1"),
+        "host memory of the pool",
     ]
     assert {state for state, _, _ in found.values()} == {"ok"}
     assert found["cuda:1 with memory of cuda:0"][1] == "reads it directly (VMM handles)"
@@ -62,6 +65,13 @@ def test_a_kind_that_was_asked_for_and_does_not_work_is_a_problem(examined):
 
 def test_no_kind_at_all_is_a_problem(examined):
     found = examined(fail="cuMemcpyDtoHAsync")
+    del found["host memory of the pool"]
     assert {state for state, _, _ in found.values()} == {"problem"}
     assert all("another process cannot read this one's memory" in detail for _, detail, _ in found.values())
     assert not any("with memory of" in about for about in found)
+
+
+def test_host_memory_that_cannot_be_pinned_is_a_problem(examined):
+    state, detail, fix = examined(fail="cuMemHostRegister")["host memory of the pool"]
+    assert state == "problem" and "cuMemHostRegister" in detail
+    assert "ulimit -l" in fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,10 +57,34 @@ def test_it_is_given_up_after_its_last_user_and_mapped_again_for_the_next(start,
     assert process.calls().count(GIVING_UP[place]) == 2
 
 
+@pytest.mark.parametrize("place", ["host", "vram"])
+def test_whoever_is_to_write_by_a_gpu_waits_until_it_is_pinned(start, place):
+    process = start(place)
+    assert process.ask("use") == "used"
+    assert process.ask("pinned 60") == "True"
+    assert ("cuMemHostRegister" in process.calls()) == (place == "host")
+    process.ask("release")
+    assert process.ask("close") == "done"
+
+
+def test_pinning_that_takes_its_time_is_waited_for_once(start, tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    process = start("host", gate=str(gate))
+    assert process.ask("use") == process.ask("use") == "used"
+    assert process.ask("pinned 0.1") == process.ask("pinned 1000") == "False"
+    gate.write_bytes(b"")  # opens it
+    until(lambda: process.ask("pinned 0") == "True", "it is pinned")
+    assert [process.ask("release") for _ in range(2)] == ["done", "done"]
+    assert process.ask("close") == "done"
+    assert process.calls()[-1] == "cuMemHostUnregister"
+
+
 def test_where_host_memory_cannot_be_pinned_it_is_used_as_it_is(start):
     process = start("host", fail="cuMemHostRegister")
     assert process.ask("use") == "used"
-    until(lambda: "cuMemHostRegister" in process.calls(), "it was tried")
+    assert process.ask("pinned 60") == "False"
+    assert "cuMemHostRegister" in process.calls()
     assert process.ask("read") == "4711"
     process.ask("release")
     assert process.ask("close") == "done"

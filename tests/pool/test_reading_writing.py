@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tests.pool.conftest import QUICK
 from tests.pool.payloads import NBYTES, copy_out, fill, load, new_keys, payload, poke, start_write, store, until
@@ -92,6 +93,16 @@ def test_a_write_without_a_copy_is_given_back(pool):
     write = start_write(client, new_keys(2))
     assert write.complete() == 0
     until(lambda: nothing_is_held(client), "the grants are given back")
+
+
+def test_into_host_memory_that_is_not_pinned_a_gpu_would_wait_so_the_grants_are_given_back(pool):
+    client, donor = pool
+    write = start_write(client, new_keys(2), device=torch.device("cuda:0"))
+    assert (len(write.granted), write.outcomes) == (0, [Outcome.DECLINED] * 2)
+    assert write.complete() == 0
+    assert client.counters["unpinned_grants"] == 2
+    until(lambda: nothing_is_held(client), "the grants are given back")
+    assert not list(donor.segment.scan())
 
 
 def test_a_copy_that_fails_gives_the_grants_back(pool):

@@ -37,14 +37,16 @@ def _small_buffer() -> Iterator[None]:
 
 def gather(kv: PagedKV, ids: np.ndarray, segment: torch.Tensor, offsets: np.ndarray) -> None:
     if segment.device.type != kv.device.type:
-        transfer.gather(kv, ids, segment, offsets)
+        with transfer.settled(kv.device):
+            transfer.gather(kv, ids, segment, offsets)
     else:
         staged.gather(kv, check_gather(kv, ids, segment, offsets), segment, cpu.gather)
 
 
 def scatter(kv: PagedKV, ids: np.ndarray, segment: torch.Tensor, offsets: np.ndarray) -> None:
     if segment.device.type != kv.device.type:
-        transfer.scatter(kv, ids, segment, offsets)
+        with transfer.settled(kv.device):
+            transfer.scatter(kv, ids, segment, offsets)
     else:
         staged.scatter(kv, check_scatter(kv, ids, segment, offsets), segment, cpu.scatter)
 
@@ -107,18 +109,28 @@ def test_the_buffer_is_small_and_smaller_where_memory_is_short(
 
 
 @pytest.mark.cuda
-def test_what_the_stream_has_yet_to_compute_is_waited_for() -> None:
-    """A record committed, or validated, after the call is of bytes that are there."""
+def test_between_a_gpu_and_pinned_memory_it_is_enqueued_and_can_be_waited_for() -> None:
+    """What is written over the planes behind it does not matter, nor does the buffer's being given to others."""
     caches = torch.zeros(4, 1 << 20, dtype=torch.uint8, device="cuda")
-    kv, segment = PagedKV([caches], block_size=1), torch.zeros(4 << 20, dtype=torch.uint8)
+    kv, segment = PagedKV([caches], block_size=1), torch.zeros(4 << 20, dtype=torch.uint8, pin_memory=True)
     ids, offsets = np.arange(4)[:, None], np.arange(4) << 20
-    torch.cuda._sleep(200_000_000)
+    transfer.gather(kv, ids, segment, offsets)  # compiles
+    stream = torch.cuda.current_stream()
+    stream.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
     caches.fill_(3)
     transfer.gather(kv, ids, segment, offsets)
+    caches.fill_(4)
+    torch.full((1 << 20,), 5, dtype=torch.uint8, device="cuda")
+    copied = transfer.recorded(kv.device)
+    assert not copied.query() and not segment.any()
+    copied.synchronize()
     assert segment.eq(3).all()
     torch.cuda._sleep(200_000_000)
-    transfer.scatter(kv, ids, segment, offsets)
-    assert torch.cuda.current_stream().query()
+    with transfer.settled(kv.device):
+        transfer.scatter(kv, ids, segment, offsets)
+    assert stream.query()
+    assert caches.eq(3).all()
 
 
 def test_arguments_are_checked_before_anything_moves() -> None:

@@ -60,6 +60,7 @@ def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
         yield missing
     else:
         yield from sharing(config, timeout_s=timeout_s)
+        yield pinning(config)
 
 
 def _visible(torch: Any) -> Iterator[Finding]:
@@ -148,6 +149,28 @@ def sharing(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
                 yield Finding(about, State.PROBLEM, refusal)
             else:
                 yield Finding(about, State.OK, f"reads it directly ({KINDS[working].name})")
+
+
+def pinning(config: VCacheConfig) -> Finding:
+    """Whether GPUs can be given host memory of the pool to copy to and from on their own."""
+    from vcache.memory.host import HostMemory
+    from vcache.memory.pinned import pin
+
+    about = "host memory of the pool"
+    try:
+        memory = HostMemory.create(RuntimeDir(config.runtime_path), secrets.token_bytes(16), PROBE_BYTES)
+    except (CapacityError, UnavailableError, OSError) as error:
+        return Finding(about, State.NOTE, str(error))
+    try:
+        pin(memory, device="cuda:0").end()
+    except UnavailableError as error:
+        detail = f"it cannot be pinned ({error}): GPUs load from it more slowly, and do not store into it"
+        return Finding(
+            about, State.PROBLEM, detail, "allow processes to lock memory, in containers too (ulimit -l unlimited)"
+        )
+    finally:
+        memory.close()
+    return Finding(about, State.OK, "it can be pinned: GPUs copy to and from it on their own")
 
 
 def _of_kind(kind: HandleKind, ordinal: int, refusal: str, *, is_needed: bool) -> Finding:

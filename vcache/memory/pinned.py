@@ -36,21 +36,13 @@ class Pinning:
                 logger.warning("host memory cannot be unpinned: %s", error)
 
 
-def pin(memory: HostMemory, *, device: str) -> Pinning | None:
+def pin(memory: HostMemory, *, device: str) -> Pinning:
     """Pins all of ``memory``; ``device``: a GPU that this process uses ("cuda:0", or a UUID). Takes a while, and waits for no GPU.
 
-    ``None``, and a line in the log, where the system does not allow it: copies work without. ``memory`` must stay open
-    meanwhile.
+    ``memory`` must stay open meanwhile. Raises ``UnavailableError`` where the system does not allow it: copies work without, but
+    CUDA waits in them for the device.
     """
-    try:
-        ordinal = device_ordinal(device)
-        with on_device(ordinal):
-            call("cuMemHostRegister", memory.address, memory.nbytes, _PORTABLE)
-    except UnavailableError as error:
-        logger.warning(
-            "%d bytes of host memory are not pinned (%s): copies between them and a GPU take longer",
-            memory.nbytes,
-            error,
-        )
-        return None
+    ordinal = device_ordinal(device)
+    with on_device(ordinal):
+        call("cuMemHostRegister", memory.address, memory.nbytes, _PORTABLE)
     return Pinning(memory.address, ordinal)

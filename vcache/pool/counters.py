@@ -22,6 +22,7 @@ COUNTERS: Final = {
     "unmapped_hits": "hits in segments that this process cannot map: not served",
     "misfit_hits": "hits whose payload has another size or layout than the tensors asked for: not served",
     "unmapped_grants": "grants in segments that this process cannot map: given back",
+    "unpinned_grants": "grants in host memory that is not pinned for this process's GPU (yet): given back",
     "refused_marks": "grants whose record was not free in memory: given back",
     "lost_sources": "copies whose source had changed, or did not deliver, by their end: given back",
     "lost_writes": "writes whose record was no longer the writer's at the commit",

@@ -19,7 +19,8 @@ from vcache.pool import record_kernels
 from vcache.pool.record_kernels import COMMITTED, HELD, OF_LAYOUT, REFUSED
 from vcache.pool.records import RECORD_BYTES, RECORD_WORDS
 from vcache.transfer import cuda
-from vcache.transfer.arguments import on, rooms_of
+from vcache.transfer.arguments import rooms_of
+from vcache.transfer.events import on
 
 if TYPE_CHECKING:
     from vcache.paged_kv import PagedKV

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from vcache.errors import VCacheError
+from vcache.errors import UnavailableError, VCacheError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
 from vcache.memory.host import HostMemory
@@ -47,6 +47,11 @@ class Use:
         self._entry: _Entry | None = entry
         self.segment = entry.segment
 
+    def await_pinned(self, timeout_s: float) -> bool:
+        """Whether a GPU's copies from and to it wait for nobody. For host memory that is being pinned now this waits, but once only."""
+        entry = self._entry
+        return entry is not None and self._mappings._await_pinned(entry, timeout_s)
+
     def release(self) -> None:
         """Harmless when called twice."""
         entry, self._entry = self._entry, None
@@ -55,7 +60,7 @@ class Use:
 
 
 class _Entry:
-    __slots__ = ("dropped", "idle_since", "is_local", "pinning", "segment", "unlisted_since", "users")
+    __slots__ = ("dropped", "idle_since", "is_local", "may_be_pinned", "pinning", "segment", "unlisted_since", "users")
 
     def __init__(self, segment: Segment, *, is_local: bool) -> None:
         self.segment = segment
@@ -65,6 +70,7 @@ class _Entry:
         self.idle_since: float | None = None  # as ``unmap_idle`` saw it: using a segment reads no clock
         self.unlisted_since: float | None = None
         self.pinning: Pinning | None = None
+        self.may_be_pinned = False  # soon: worth waiting for
 
     def close(self) -> None:
         """Once nobody uses it. Harmless when called twice."""
@@ -246,8 +252,15 @@ class Mappings:
             entry.dropped = True
         else:
             self._entries[identity] = entry
+            entry.may_be_pinned = self._has_gpu and isinstance(segment.memory, HostMemory)
             self._hand_over(entry)
         return entry
+
+    def _await_pinned(self, entry: _Entry, timeout_s: float) -> bool:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not entry.may_be_pinned, timeout_s):
+                entry.may_be_pinned = False  # that takes longer than others should wait, too
+            return entry.pinning is not None or not isinstance(entry.segment.memory, HostMemory)
 
     def _drop(self, identity: Identity, entry: _Entry) -> None:
         del self._entries[identity]
@@ -310,6 +323,9 @@ class Mappings:
             try:
                 self._prepare(entry)
             finally:
+                with self._changed:
+                    entry.may_be_pinned = False
+                    self._changed.notify_all()
                 self._done(entry)
         elif is_over:
             entry.close()
@@ -320,8 +336,14 @@ class Mappings:
         if isinstance(memory, HostMemory):
             from vcache.memory.pinned import pin
 
-            entry.pinning = pin(memory, device=self._device)
-            if entry.pinning is None:
+            try:
+                entry.pinning = pin(memory, device=self._device)
+            except UnavailableError as error:
+                logger.warning(
+                    "%d bytes of host memory are not pinned (%s): a GPU loads from them more slowly, and does not store into them",
+                    memory.nbytes,
+                    error,
+                )
                 memory.populate()
         elif self._has_gpu and memory.device != self._device:
             from vcache.transfer.ways import attach

@@ -3,7 +3,9 @@
 A lease makes it likely that nobody overwrites a payload meanwhile; the validation after the copy is what makes it safe. Of a
 segment of another host payload and record are read, in this order, into memory of this process, and validated there.
 
-Behind a copy that a kernel makes, kernels validate (``enqueued_records.py``): until ``complete`` nobody waits for the device.
+Copies to a GPU's planes are only enqueued, and nobody waits for the device until ``complete`` (but for what comes from another
+host, and where host memory is not pinned). Behind a copy that a kernel makes within VRAM, kernels validate
+(``enqueued_records.py``); of host memory the records are looked at once the stream has come past the copy.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from vcache.paged_kv import PagedKV
     from vcache.pool.enqueued_records import EnqueuedRead
     from vcache.remote.segments import RemoteSegment
+    from vcache.transfer.events import Event
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,8 @@ class PendingRead:
         #: Of each chunk: its payload was copied; and, of another host's, the record read after it is the right one.
         self._copied = np.zeros(len(placements), dtype=np.bool_)
         self._held = np.zeros(len(placements), dtype=np.bool_)
+        #: Behind the copies that were enqueued; None: there are none.
+        self._copies: Event | None = None
         #: Parts that were copied by kernels, as they were then.
         self._enqueued: list[tuple[Part, EnqueuedRead]] = []
         self._valid: int | None = None
@@ -134,26 +139,34 @@ class PendingRead:
         return self.hits
 
     def copy_to(self, kv: PagedKV, block_ids: Int64Array) -> None:
-        """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; within VRAM, enqueues it on the current stream.
+        """Copies the run's payloads into blocks ``[hits, blocks per chunk]``; to planes on a GPU, enqueues it on the current stream.
 
         A payload of another size than these blocks, or gathered from planes of another form, ends the run before it: two
         processes that describe their models alike may hold KV in different ways. Within VRAM the form is seen behind the copy, so
         that ``complete`` ends the run there. Raises ``ValueError`` for bad block ids.
         """
-        from vcache.transfer import scatter  # loads torch
+        from vcache.transfer import recorded, scatter, settled  # loads torch
 
         def copy_out(source: Source, chunks: Int64Array, offsets: Int64Array) -> None:
             scatter(kv, block_ids[chunks], source.tensor, offsets, threads=threads)
 
+        def copy_out_at_once(source: Source, chunks: Int64Array, offsets: Int64Array) -> None:
+            with settled(kv.device):
+                copy_out(source, chunks, offsets)
+
         layout, threads = kv.payload_layout, self._client.config.transfer.threads
         by_kernel = {part.number for part in self._parts if part.segment.is_copied_by_kernels(kv.device)}
         self._cut(kv.payload_bytes(block_ids.shape[1]), layout, besides=by_kernel)
-        for part in self._parts:
-            if part.number in by_kernel:
-                self._enqueue(part, copy_out, layout, kv.device)
-            else:
-                self._copy(part, copy_out)
-        self._copy_from_elsewhere(copy_out, layout=layout)
+        try:
+            for part in self._parts:
+                if part.number in by_kernel:
+                    self._enqueue(part, copy_out, layout, kv.device)
+                else:
+                    self._copy(part, copy_out)
+        finally:
+            if kv.device.type == "cuda":
+                self._copies = recorded(kv.device)
+        self._copy_from_elsewhere(copy_out_at_once, layout=layout)
 
     def copy_with(self, copy_out: CopyOut, *, layout: int | None = None) -> None:
         """Copies by a function of the caller, called once per segment, or several times for one of another host.
@@ -252,6 +265,7 @@ class PendingRead:
         """Which chunks of the run were there behind their copies. It ends before those that turn out to be of another layout."""
         if self._enqueued:
             self._hear_verdicts()
+        self._await_copies()
         by_kernel = {part.number for part, _ in self._enqueued}
         valid = self._held[: self.hits].copy()
         keys = key_words(b"".join(self._keys[: self.hits]))
@@ -271,7 +285,12 @@ class PendingRead:
             fits[part.chunks] = ~held | is_of_layout
         self._end_before_misfit(fits[: self.hits])
 
+    def _await_copies(self) -> None:
+        if self._copies is not None:
+            self._copies.synchronize()
+
     def _end(self, invalid: list[int]) -> None:
+        self._await_copies()
         for _, read in self._enqueued:
             read.end()
         for _, use in self._uses:

@@ -3,8 +3,9 @@
 Each step is a method of its own, so that tests can stop a writer between any two. Whatever happens, a writer touches only the
 records and extents it was granted, and gives them back only once it touches them no more.
 
-What a kernel copies is marked and committed by kernels too, in the order of the copy's stream (``enqueued_records.py``): until
-``complete`` nobody waits for the device.
+Copies of a GPU's planes are only enqueued. What a kernel copies within VRAM is marked and committed by kernels too, in the order of the
+copy's stream (``enqueued_records.py``); host memory is committed once the stream has come past the copy. Until ``complete``
+nobody waits for the device, nor does CUDA: into host memory that is not pinned for it nothing is copied.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from vcache.paged_kv import PagedKV
     from vcache.pool.enqueued_records import EnqueuedWrite
+    from vcache.transfer.events import Event
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,8 @@ class PendingWrite:
         #: By number, the segments whose records kernels mark and commit; None: not yet.
         self._enqueued: dict[int, EnqueuedWrite | None] = {}
         self._copied = False
+        #: Behind the copies that no kernel commits; None: there are none.
+        self._copies: Event | None = None
         self._committed: list[int] = []
         self._stored: int | None = None
 
@@ -165,11 +169,11 @@ class PendingWrite:
         self._give_back(refused_marks=refused)
 
     def copy_from(self, kv: PagedKV, block_ids: Int64Array) -> None:
-        """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; within VRAM, enqueues it on the current stream.
+        """Copies blocks ``[len(granted), blocks per chunk]`` into the payloads; of planes on a GPU, enqueues it on the current stream.
 
         Raises ``ValueError`` for bad block ids, or blocks of another size than was reserved; nothing is written then.
         """
-        from vcache.transfer import gather  # loads torch
+        from vcache.transfer import gather, recorded  # loads torch
 
         payload_bytes = kv.payload_bytes(block_ids.shape[1])
         if payload_bytes != self.nbytes:
@@ -179,12 +183,16 @@ class PendingWrite:
         if self._enqueued and kv.device != self._device:
             raise ValueError(f"kv: on {kv.device}, the write was begun for planes on {self._device}")
         threads = self._client.config.transfer.threads
-        for part in self._parts:
-            blocks = block_ids[part.chunks]
-            if part.number in self._enqueued:
-                self._enqueue(part, kv, blocks)
-            else:
-                gather(kv, blocks, part.segment.tensor, part.offsets, threads=threads)
+        try:
+            for part in self._parts:
+                blocks = block_ids[part.chunks]
+                if part.number in self._enqueued:
+                    self._enqueue(part, kv, blocks)
+                else:
+                    gather(kv, blocks, part.segment.tensor, part.offsets, threads=threads)
+        finally:
+            if kv.device.type == "cuda":
+                self._copies = recorded(kv.device)
         self._copied = True
 
     def copy_with(self, copy_in: CopyIn) -> None:
@@ -207,6 +215,7 @@ class PendingWrite:
         for write in self._enqueued.values():
             if write is not None:
                 write.commit()
+        self._await_copies()
         refused: list[int] = []
         lost: list[int] = []
         for part in self._parts:
@@ -267,8 +276,13 @@ class PendingWrite:
             self._client.abort([item for item in self.placements["generation"].tolist() if item not in kept])
             self._release()
 
+    def _await_copies(self) -> None:
+        if self._copies is not None:
+            self._copies.synchronize()
+
     def _settle(self) -> None:
         """Waits until nothing enqueued touches records or payloads any more."""
+        self._await_copies()
         for write in self._enqueued.values():
             if write is not None:
                 write.end()
@@ -307,7 +321,16 @@ class PendingWrite:
             if use is None or not use.segment.contains(offset, nbytes) or nbytes != self.nbytes:
                 unmapped.append(index)
         self._give_back(unmapped_grants=unmapped)
+        if self._device is not None and self._device.type == "cuda":
+            self._give_back(unpinned_grants=self._unpinned())
         self._parts = self._parted()
+
+    def _unpinned(self) -> list[int]:
+        """Of ``granted``, those into which a copy would wait for the device. Host memory that is being pinned now is waited for."""
+        patience_s = self._client.config.client.call_timeout
+        ready = [number for number, use in self._uses.items() if use.await_pinned(patience_s)]
+        unready: list[int] = np.flatnonzero(~np.isin(self.placements["segment"], ready)).tolist()
+        return unready
 
     def _give_back(self, **those: list[int]) -> None:
         """Indices in ``granted``, by the counter of what became of them."""

@@ -12,18 +12,20 @@ import torch
 from vcache.paged_kv import PagedKV
 from vcache.transfer import cpu, staged
 from vcache.transfer.checks import Int64Array, check_gather, check_scatter
+from vcache.transfer.events import recorded, settled
 from vcache.transfer.ways import Way, way_to
 
-__all__ = ["gather", "scatter"]
+__all__ = ["gather", "recorded", "scatter", "settled"]
 
 
 def gather(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: Int64Array, *, threads: int = 0) -> None:
     """Copy blocks into payloads.
 
     ``block_ids`` is int64 ``[chunks, blocks_per_chunk]``, ``offsets`` int64 ``[chunks]``: where each payload begins in
-    ``segment``, the whole segment as a uint8 tensor. On a CPU the bytes are there when it returns, copied by at most
-    ``threads`` threads; between GPUs the copy is only enqueued on the current stream; between a GPU and host memory, either
-    way, the bytes are there when it returns, which waits for that stream. Raises ValueError that names the argument,
+    ``segment``, the whole segment as a uint8 tensor. Between planes on a CPU and any memory the bytes are there when it returns,
+    copied by at most ``threads`` threads. Of planes on a GPU the copy is only enqueued on its current stream (to or from host memory that is not
+    pinned, CUDA waits for it all the same): ``recorded`` and ``settled`` are what to wait for, before the segment's bytes, or
+    its extents, are used for anything else. Raises ValueError that names the argument,
     before anything is written: block ids out of range, payloads beyond the segment or sharing bytes. What a GPU raises, such as
     ``torch.OutOfMemoryError``, may come after some were written.
     """

@@ -6,33 +6,18 @@ gives it back: it goes to somebody else when the event has happened.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vcache.transfer.events import Event, new_event
+
 _FEWEST_WORDS: Final = 1024
-
-
-class Event(Protocol):
-    """A place in a stream: ``torch.cuda.Event``."""
-
-    def record(self) -> None:
-        """In the current stream of the current device."""
-
-    def query(self) -> bool:
-        """Whether everything enqueued before it is done."""
-
-    def wait(self) -> None:
-        """Makes the current stream wait for it; the caller does not."""
-
-    def synchronize(self) -> None:
-        """Waits for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +52,7 @@ class Rooms:
         words = max(_FEWEST_WORDS, 1 << (count - 1).bit_length())
         pinned = torch.empty(words, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         on_device = torch.empty(words, dtype=torch.int64, device=self._device)
-        return Room(pinned, pinned.numpy(), on_device, _event(self._device))
+        return Room(pinned, pinned.numpy(), on_device, new_event(self._device))
 
     def give_back(self, room: Room) -> None:
         """``done`` was recorded behind the last of what uses it."""
@@ -79,28 +64,3 @@ class Rooms:
 def rooms_of(device: torch.device) -> Rooms:
     """Those of this process on ``device``, which has an index."""
     return Rooms(device)
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes it the current device: kernels are launched there, on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class _NoEvent:
-    """On the host, where only Triton's interpreter runs kernels, a launch is done when it returns."""
-
-    def record(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def wait(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-def _event(device: torch.device) -> Event:
-    if device.type != "cuda":
-        return _NoEvent()
-    event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return event

@@ -14,8 +14,9 @@ import torch
 
 from vcache.paged_kv import PagedKV
 from vcache.transfer import triton_kernels
-from vcache.transfer.arguments import on, rooms_of
+from vcache.transfer.arguments import rooms_of
 from vcache.transfer.checks import CheckedCopy, Int64Array, check_gather, check_one_kind, check_scatter
+from vcache.transfer.events import on
 from vcache.transfer.triton_kernels import PlaneTable
 
 #: Enough 128-thread programs to fill a multiprocessor; each moves many tiles, so that a launch costs the same at any size.

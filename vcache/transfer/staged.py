@@ -1,15 +1,16 @@
 """Copies between planes and payloads by way of a small buffer on the planes' device.
 
 A GPU's planes meet host memory in this way: segments of tier DRAM, and payloads that came from a store or from another host; and a
-CPU's planes VRAM. Such a copy is done when a call returns. Payloads on a peer GPU may take this way as well, by the copy engine
-(``ways.py``): then everything is only enqueued. Serving engines leave little VRAM free, so the buffer is small, and smaller where
-not even that is to be had.
+CPU's planes VRAM. Payloads on a peer GPU may take this way as well, by the copy engine (``ways.py``). For a GPU's planes all is
+enqueued, piece by piece, on its current stream, whose order lets one buffer serve all pieces; it does not outlive the
+call for this process, only for that stream: torch's allocator gives its memory to what is enqueued behind. CUDA itself waits
+where host memory is not pinned. Serving engines leave little VRAM free, so the buffer is small, and smaller where not even that is
+to be had.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,25 +27,19 @@ Direct = Callable[[PagedKV, Int64Array, torch.Tensor, Int64Array], None]
 
 
 def gather(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
-    """Copy blocks into payloads on a device of another kind; done when it returns. On a GPU this waits for the current stream."""
-    with _settled(kv.device, segment.device):
-        for piece in _pieces(kv, copy):
-            direct(kv, piece.block_ids, piece.buffer, piece.starts)
-            for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
-                segment[offset : offset + copy.payload_bytes].copy_(payload, non_blocking=payload.is_cuda)
+    """Copy blocks into payloads on a device of another kind; from planes on a GPU it is only enqueued, as far as it can be."""
+    for piece in _pieces(kv, copy):
+        direct(kv, piece.block_ids, piece.buffer, piece.starts)
+        for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
+            segment[offset : offset + copy.payload_bytes].copy_(payload, non_blocking=payload.is_cuda)
 
 
 def scatter(kv: PagedKV, copy: CheckedCopy, segment: torch.Tensor, direct: Direct) -> None:
-    """Copy payloads into blocks; of a device of another kind they may be used for something else when it returns, or raises.
-
-    On a GPU this waits for the current stream, so that what is validated afterwards is what was copied. Where the payloads are
-    a GPU's, too, it only enqueues.
-    """
-    with _settled(kv.device, segment.device):
-        for piece in _pieces(kv, copy):
-            for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
-                payload.copy_(segment[offset : offset + copy.payload_bytes], non_blocking=payload.is_cuda)
-            direct(kv, piece.block_ids, piece.buffer, piece.starts)
+    """Copy payloads into blocks; to planes on a GPU it is only enqueued, as far as it can be."""
+    for piece in _pieces(kv, copy):
+        for offset, payload in zip(piece.offsets, piece.payloads, strict=True):
+            payload.copy_(segment[offset : offset + copy.payload_bytes], non_blocking=payload.is_cuda)
+        direct(kv, piece.block_ids, piece.buffer, piece.starts)
 
 
 class _Piece(NamedTuple):
@@ -83,16 +78,3 @@ def _buffer(device: torch.device, nbytes: int, *, count: int) -> torch.Tensor:
             if count == 1:
                 raise
             count //= 2
-
-
-@contextmanager
-def _settled(planes: torch.device, payloads: torch.device) -> Iterator[None]:
-    """Between a GPU's planes and the host, leaves only once what was enqueued on the current stream has been done, also by raising.
-
-    Within the stream its order alone lets the buffer be used again, by the next piece and by whoever torch's allocator gives it to.
-    """
-    try:
-        yield
-    finally:
-        if planes.type == "cuda" and payloads.type != "cuda":
-            torch.cuda.current_stream(planes).synchronize()
