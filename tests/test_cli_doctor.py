@@ -79,14 +79,26 @@ def test_more_than_there_is_to_donate_is_told(runtime_dir):
     assert finding.state is State.NOTE and "less than segment.size" in finding.detail
 
 
-@pytest.mark.parametrize(("available", "state"), [(True, State.OK), (False, State.PROBLEM)])
-def test_a_driver_that_shows_no_files_is_a_problem_only_if_torch_sees_no_gpu(tmp_path, monkeypatch, available, state):
+@pytest.mark.parametrize(
+    ("available", "vendor", "expected"),
+    [
+        (True, "0x10de", ("driver", State.OK)),
+        (False, "0x10de", ("driver", State.PROBLEM)),
+        (False, "0x8086", ("GPUs", State.NOTE)),
+    ],
+)
+def test_a_driver_that_shows_no_files_is_a_problem_if_there_is_a_gpu_that_torch_does_not_see(
+    tmp_path, monkeypatch, available, vendor, expected
+):
     torch = SimpleNamespace(
         __version__="2", version=SimpleNamespace(cuda="13.0"), cuda=SimpleNamespace(is_available=lambda: available)
     )
     monkeypatch.setattr(gpus, "DRIVER", tmp_path / "nowhere")
+    (tmp_path / "0000:00:01.0").mkdir()
+    (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr(gpus, "PCI_DEVICES", tmp_path)
     [finding] = gpus._visible(torch)
-    assert (finding.about, finding.state) == ("driver", state)
+    assert (finding.about, finding.state) == expected
 
 
 @pytest.mark.cuda

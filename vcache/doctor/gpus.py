@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vcache.memory.cuda import HandleKind
 
 DRIVER: Final = Path("/proc/driver/nvidia")
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+PCI_VENDOR: Final = "0x10de"
 PROBE_BYTES: Final = 1 << 20
 #: A bare CUDA context of one process, about; a serving engine's libraries take more.
 CONTEXT_BYTES: Final = 500 << 20
@@ -69,6 +71,9 @@ def _visible(torch: Any) -> Iterator[Finding]:
     if not version.exists() and torch.cuda.is_available():  # a sandbox that passes the driver's calls on
         yield Finding("driver", State.OK, f"it is there, and does not say its version in {version}")
         return
+    if not version.exists() and not _has_hardware():  # torch is built for CUDA unless asked for otherwise
+        yield Finding("GPUs", State.NOTE, "there is no NVIDIA GPU in this machine: segments are in host memory")
+        return
     if not version.exists():
         yield Finding(
             "driver",
@@ -93,6 +98,11 @@ def _visible(torch: Any) -> Iterator[Finding]:
         )
     if os.environ.get("CUDA_MPS_PIPE_DIRECTORY"):
         yield Finding("MPS", State.NOTE, "CUDA MPS is on: a fault of one of its clients ends all of them")
+
+
+def _has_hardware() -> bool:
+    """Whether the system lists a device of NVIDIA's, whatever drives it."""
+    return any(PCI_VENDOR in vendor.read_text() for vendor in PCI_DEVICES.glob("*/vendor"))
 
 
 def _driver(torch: Any) -> Finding | None:
