@@ -11,7 +11,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -21,13 +20,11 @@ from vcache.completions import Completions
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.in_flight import InFlight
-from vcache.joined_keys import join_keys
 from vcache.keys import ChunkKey, parts_of
 from vcache.log import KeyText
 from vcache.moving_up import Run
 from vcache.pending import KeyHits, PendingRetrieve, PendingStore
-from vcache.pool.reading import PendingRead, begin_read
-from vcache.pool.writing import PendingWrite, begin_write
+from vcache.pool_runs import PoolRuns
 from vcache.prefetch import PrefetchHandle
 from vcache.promotion import PROMOTION_VALUES, Promotion
 from vcache.protocol import Outcome, Tier
@@ -36,7 +33,9 @@ from vcache.stats import Counters, StatsValue, server_values
 if TYPE_CHECKING:
     from vcache.keys import ModelSpec
     from vcache.paged_kv import PagedKV
-    from vcache.pool.client import PlacementArray, PoolClient
+    from vcache.pool.client import PoolClient
+    from vcache.pool.reading import PendingRead
+    from vcache.pool.writing import PendingWrite
     from vcache.store_tier import StoreTier
 
 logger = logging.getLogger("vcache.engine")
@@ -66,7 +65,7 @@ class BlockCache:
         self._below = below
         self._promotion = promotion
         self._model = model
-        self._rank = rank
+        self._runs = PoolRuns(client, model, rank)
         self._counters = counters
         self._completions = completions
         self._in_flight = InFlight()
@@ -80,7 +79,7 @@ class BlockCache:
         A lease covers at most the first ``protocol.MAX_KEYS_PER_CALL`` chunks; ``waits``: for the server to grant it.
         """
         started = time.perf_counter()
-        pool, lease = self._behind_stores("lookup", lambda: self._lookup_pool(keys, lease_s, waits=waits), (0, 0))
+        pool, lease = self._behind_stores("lookup", lambda: self._runs.lookup(keys, lease_s, waits=waits), (0, 0))
         if pin_s and pool:
             self.pin(keys[:pool], pin_s)
         store = self._run_below("lookup", keys[pool:])
@@ -113,7 +112,7 @@ class BlockCache:
             return pending
         try:
             with self._failures.contained("retrieve"):
-                self._read(pending.reads, kv, keys, block_ids)
+                self._runs.read(pending.reads, kv, keys, block_ids)
         except BaseException:  # an interrupt: nobody else will complete it
             pending.abandon()
             raise
@@ -154,11 +153,16 @@ class BlockCache:
         pending = PendingStore(self, kv, keys)
         try:
             with self._failures.contained("store"):
-                self._reserve(pending.writes, kv, keys, parent=parent, tenant=tenant, pin_s=pin_s)
+                self._runs.reserve(pending.writes, kv, keys, parent=parent, tenant=tenant, pin_s=pin_s)
         except BaseException:  # an interrupt: nobody else will complete it
             pending.complete()
             raise
         pending.asked()
+        self._counters.add(
+            store_exists=_count(pending.writes, Outcome.EXISTS),
+            store_no_space=_count(pending.writes, Outcome.NO_SPACE),
+            store_declined=_count(pending.writes, Outcome.DECLINED),
+        )
         return pending
 
     def copy_store(
@@ -188,7 +192,7 @@ class BlockCache:
                 with self._failures.contained("store"):
                     count = write.complete()
                     stored += count
-                    moved.update(self._bytes_by_tier(write.placements) if count else {})
+                    moved.update(self._runs.bytes_by_tier(write.placements) if count else {})
                     if count and self._below is not None:
                         chunks = [part[index] for index in write.granted.tolist()]
                         self._below.stored(chunks, write.placements, layout=write.layout)
@@ -205,8 +209,8 @@ class BlockCache:
     ) -> PrefetchHandle:
         """Begins to bring into the pool what the store has of ``keys`` after the pool's run, for tensors like ``kv``."""
         keys = list(keys)
-        handle = PrefetchHandle(lambda: self._behind_stores("prefetch", lambda: self._lookup_pool(keys)[0], 0))
-        pool = self._behind_stores("prefetch", lambda: self._lookup_pool(keys)[0], len(keys))
+        handle = PrefetchHandle(lambda: self._behind_stores("prefetch", lambda: self._runs.lookup(keys)[0], 0))
+        pool = self._behind_stores("prefetch", lambda: self._runs.lookup(keys)[0], len(keys))
         if self._promotion is None or self._below is None or pool == len(keys):
             handle.end()
         else:
@@ -220,27 +224,23 @@ class BlockCache:
 
     def pin(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction; how many."""
-        return self._behind_stores(
-            "pin", lambda: sum(self._client.pin(b"".join(part), pin_s) for part in parts_of(keys)), 0
-        )
+        return self._behind_stores("pin", lambda: self._runs.pin(keys, pin_s), 0)
 
     def unpin(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins; how many."""
-        return self._behind_stores(
-            "unpin", lambda: sum(self._client.unpin(b"".join(part)) for part in parts_of(keys)), 0
-        )
+        return self._behind_stores("unpin", lambda: self._runs.unpin(keys), 0)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int | None:
         """Removes chunks with all ranks' shards from pool and store; how many the pool had. ``None``: not all confirmed it."""
-        removed = self._remove_from_pool(keys)
+        removed = self._behind_stores("remove", lambda: self._runs.remove(keys), None)
         below = self._below
         if below is not None:  # after the pool: what it has no longer cannot be written to the store again
             if not self._shielded("remove", lambda: below.remove(keys), False):
                 removed = None
             if self._promotion is not None:
                 self._promotion.pause(PART_PATIENCE_S)
-            if self._remove_from_pool(keys) is None:  # what was promoted before the store had lost it
-                removed = None
+            if self._behind_stores("remove", lambda: self._runs.remove(keys), None) is None:
+                removed = None  # what was promoted before the store had lost it may be there
         return self._confirmed(removed)
 
     def clear(self, tenant: int | None) -> int | None:
@@ -305,16 +305,6 @@ class BlockCache:
     def _run_of(self, kv: PagedKV, keys: Sequence[ChunkKey], *, parent: ChunkKey | None, tenant: int) -> Run:
         return Run(keys, parent, tenant, kv.payload_bytes(self._model.blocks_per_chunk), kv.payload_layout)
 
-    def _remove_from_pool(self, keys: Sequence[ChunkKey]) -> int | None:
-        """How many it had; ``None``: of some it does not say that they are gone."""
-        removed = 0
-        for part in parts_of(keys):
-            count = self._behind_stores("remove", partial(self._client.remove, b"".join(part)), None)
-            if count is None:
-                return None
-            removed += count
-        return removed
-
     def _confirmed(self, removed: int | None) -> int | None:
         """Counts and says a removal that was not confirmed: it must not pass for one that found nothing."""
         if removed is None:
@@ -334,78 +324,9 @@ class BlockCache:
             invalid += read.hits - valid if copied else 0
             if unbroken:
                 loaded += valid
-                moved.update(self._bytes_by_tier(read.placements[:valid]))
+                moved.update(self._runs.bytes_by_tier(read.placements[:valid]))
             unbroken = unbroken and valid == begun
         return loaded, invalid, moved
-
-    def _lookup_pool(self, keys: Sequence[ChunkKey], lease_s: float = 0.0, *, waits: bool = True) -> tuple[int, int]:
-        hits = lease = 0
-        for part in parts_of(keys):
-            found = self._client.lookup(join_keys(part), 0.0 if hits else lease_s, waits=waits)
-            hits += found.hits
-            lease = lease or found.lease
-            if found.hits < len(part):
-                break
-        return hits, lease
-
-    def _read(
-        self, reads: list[tuple[PendingRead, bool]], kv: PagedKV, keys: Sequence[ChunkKey], block_ids: Int64Array
-    ) -> None:
-        """Begins to load, adding to ``reads`` what is to be completed."""
-        start = 0
-        for part in parts_of(keys):
-            read = begin_read(self._client, part, self._rank)
-            reads.append((read, False))
-            read.copy_to(kv, block_ids[start : start + read.hits])
-            reads[-1] = (read, True)
-            if read.hits < len(part):
-                return
-            start += len(part)
-
-    def _reserve(
-        self,
-        writes: list[PendingWrite],
-        kv: PagedKV,
-        keys: Sequence[ChunkKey],
-        *,
-        parent: ChunkKey | None,
-        tenant: int,
-        pin_s: float,
-    ) -> None:
-        """Begins to store, adding to ``writes`` what is to be completed."""
-        for part in parts_of(keys):
-            write = begin_write(
-                self._client,
-                part,
-                parent=parent or b"",
-                rank=self._rank,
-                ranks=self._model.ranks,
-                nbytes=kv.payload_bytes(self._model.blocks_per_chunk),
-                tokens=self._model.chunk_size,
-                tenant=tenant,
-                pin_s=pin_s,
-                layout=kv.payload_layout,
-                device=kv.device,
-            )
-            writes.append(write)
-            self._count_outcomes(write)
-            parent = part[-1]
-
-    def _bytes_by_tier(self, placements: PlacementArray) -> Counter[Tier]:
-        """Bytes of these placements; of segments that the present server does not know, none."""
-        moved: Counter[Tier] = Counter()
-        for number, *_, nbytes in placements.tolist():
-            info = self._client.session.info(number)
-            if info is not None:
-                moved[info.tier] += nbytes
-        return moved
-
-    def _count_outcomes(self, write: PendingWrite) -> None:
-        self._counters.add(
-            store_exists=write.outcomes.count(Outcome.EXISTS),
-            store_no_space=write.outcomes.count(Outcome.NO_SPACE),
-            store_declined=write.outcomes.count(Outcome.DECLINED),
-        )
 
     def _behind_stores(self, operation: str, call: Callable[[], T], otherwise: T) -> T:
         """As ``_shielded``, once what this cache was given to store is there to be found."""
@@ -423,6 +344,10 @@ class BlockCache:
             return otherwise
         finally:
             self._in_flight.leave()
+
+
+def _count(writes: Sequence[PendingWrite], outcome: Outcome) -> int:
+    return sum(write.outcomes.count(outcome) for write in writes)
 
 
 def _span(keys: Sequence[ChunkKey]) -> KeyText:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,6 @@ import numpy.typing as npt
 from vcache.keys import ChunkKey
 
 if TYPE_CHECKING:
-    from vcache.block_cache import BlockCache
     from vcache.paged_kv import PagedKV
     from vcache.pool.reading import PendingRead
     from vcache.pool.writing import PendingWrite
@@ -35,12 +34,27 @@ class KeyHits(NamedTuple):
         return self.pool + self.store
 
 
+class Cache(Protocol):
+    """What both halves are calls of."""
+
+    def complete_retrieve(self, retrieve: PendingRetrieve, *, go_on: bool) -> int:
+        """The second half of a retrieve; ``go_on``: in the store, where the pool ends."""
+
+    def copy_store(
+        self, kv: PagedKV, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], block_ids: Int64Array
+    ) -> None:
+        """Copies what a store was granted."""
+
+    def complete_store(self, writes: Sequence[PendingWrite], keys: Sequence[ChunkKey], started: float) -> int:
+        """The second half of a store."""
+
+
 class PendingRetrieve:
     """Chunks on their way into the engine's blocks. Nothing may be taken for loaded before ``complete`` says so."""
 
     def __init__(
         self,
-        cache: BlockCache | None,
+        cache: Cache | None,
         kv: PagedKV,
         keys: Sequence[ChunkKey],
         block_ids: Int64Array,
@@ -85,7 +99,7 @@ class PendingRetrieve:
 class PendingStore:
     """Chunks on their way into the pool, invisible to readers until ``complete``."""
 
-    def __init__(self, cache: BlockCache | None, kv: PagedKV, keys: Sequence[ChunkKey]) -> None:
+    def __init__(self, cache: Cache | None, kv: PagedKV, keys: Sequence[ChunkKey]) -> None:
         self._cache = cache
         self._kv = kv
         self._keys = keys

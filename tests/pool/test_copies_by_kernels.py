@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.pool.payloads import new_keys, start_write, until
-from vcache import block_cache
+from vcache import block_cache, pool_runs
 from vcache.block_cache import BlockCache
 from vcache.devices import device_name
 from vcache.keys import ChunkKey, ModelSpec
@@ -212,7 +212,8 @@ def test_payloads_of_another_form_end_the_run_and_nothing_is_said_against_them(p
 
 
 def test_a_run_that_takes_several_calls_ends_at_a_payload_of_another_form(pool, monkeypatch):
-    monkeypatch.setattr(block_cache, "parts_of", lambda keys: [keys[at : at + 2] for at in range(0, len(keys), 2)])
+    for module in (block_cache, pool_runs):
+        monkeypatch.setattr(module, "parts_of", lambda keys: [keys[at : at + 2] for at in range(0, len(keys), 2)])
     model = ModelSpec(
         model="m", dtype="bfloat16", num_layers=3, num_kv_heads=1, head_size=2, block_size=16, chunk_size=32
     )
