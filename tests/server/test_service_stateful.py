@@ -267,6 +267,8 @@ class Pool(Members):
         """Left alone, with everybody awake, the pool comes to rest and every extent is accounted for."""
         for client in self.world.clients:
             client.is_suspended = False
+            if client.is_alive:
+                client.flush()  # a lease asked for ends in the time that passes then
         for _ in range(12):
             self.world.pass_time(1.0)
             for donation in self.donations():
