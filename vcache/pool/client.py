@@ -21,7 +21,6 @@ from vcache.config import VCacheConfig
 from vcache.pool.background import Background, MakeRequest, Member
 from vcache.pool.calls import Calls, OneWay
 from vcache.pool.counters import COUNTERS
-from vcache.pool.index_reader import IndexReader
 from vcache.pool.mappings import Mappings, Use
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir
 from vcache.pool.session import (
@@ -33,6 +32,7 @@ from vcache.pool.session import (
     PlacementArray,
     Session,
 )
+from vcache.pool.unasked import Unasked
 from vcache.pool.wire import dealer
 from vcache.protocol import (
     KEY_BYTES,
@@ -57,8 +57,6 @@ _REMOVAL_EXTRA_S: Final = 5.0
 _STOP_TIMEOUT_S: Final = 5.0
 #: A server that answers heartbeats and no calls is not asked for ever.
 _SETTLE_TRIES: Final = 5
-#: A read of less is over before the server has heard of its lease, which then only says that the chunks were used.
-_LEASED_AT_ONCE_BYTES: Final = 64 << 20
 _NO_HITS: Final = Hits(id=0, term=0, hits=0, lease=0)
 
 Reply = TypeVar("Reply", bound=AnyReply)
@@ -96,7 +94,6 @@ class PoolClient:
         self.mappings = Mappings(self.runtime, host=self.host, device=device, settings=config.transfer, remote=remote)
         # Before the first hello: a donor that does not find the file takes the client for dead.
         self._alive: HeldFile | None = self.runtime.hold_client_lock(self.session.id) if writes else None
-        self._index = IndexReader(self.runtime) if config.server.shared_index else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             socket = dealer(self._context, config)
@@ -119,6 +116,8 @@ class PoolClient:
             socket, self.session, self.background, timeout_s=config.client.call_timeout, count=self.count
         )
         self.background.before_heartbeats = self._calls.flush
+        is_shared = bool(config.server.shared_index)
+        self._shared = Unasked(self.runtime, self.session, self._calls, count=self.count) if is_shared else None
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -153,10 +152,10 @@ class PoolClient:
         such an answer and the lease asked for behind it a chunk can still be evicted, which whoever loads it finds out.
         """
         _check_keys(keys)
-        if not (lease_s and waits):
-            found = self._lookup_index(keys, lease_s)
-            if found is not None:
-                return found
+        unasked = self._unasked() if not (lease_s and waits) else None
+        found = unasked.lookup(keys, lease_s) if unasked is not None else None
+        if found is not None:
+            return found
         self.count("server_lookups")
         return (
             self.ask(Hits, lambda id_, session, term: protocol.Lookup(id_, session, term, keys, lease_s), self._leased)
@@ -166,7 +165,8 @@ class PoolClient:
     def peek(self, keys: bytes) -> int | None:
         """The length of the leading run as ``lookup`` says it without a lease; ``None`` where that would be a round trip."""
         _check_keys(keys)
-        found = self._lookup_index(keys, 0)
+        unasked = self._unasked()
+        found = unasked.lookup(keys, 0) if unasked is not None else None
         return found.hits if found is not None else None
 
     def acquire(self, keys: bytes, rank: int) -> Acquired | None:
@@ -180,10 +180,10 @@ class PoolClient:
         """
         _check_keys(keys)
         lease_s = self.config.client.lease
-        if not rank:
-            found = self._acquire_index(keys, lease_s)
-            if found is not None:
-                return found
+        unasked = self._unasked() if not rank else None
+        found = unasked.acquire(keys, lease_s) if unasked is not None else None
+        if found is not None:
+            return found
         return self.ask(
             Placements,
             lambda id_, session, term: protocol.Acquire(id_, session, term, keys, rank, lease_s),
@@ -348,8 +348,8 @@ class PoolClient:
             if self._is_over:  # a forked child owns neither the sockets nor the thread
                 return
             self._closed = True
-        if self._index is not None:
-            self._index.close()
+        if self._shared is not None:
+            self._shared.close()
         self._calls.close()
         self._granted_all = True
         is_stopped = self.background.stop(timeout_s)
@@ -364,45 +364,8 @@ class PoolClient:
     def _is_over(self) -> bool:
         return self._closed or os.getpid() != self._pid
 
-    def _lookup_index(self, keys: bytes, lease_s: float) -> Hits | None:
-        if self._index is None or not self.available or not self._calls.is_seen:
-            return None
-        session = self.session
-        term = session.term
-        hits = self._index.run(session.index, term, keys)
-        if hits is None:
-            return None
-        self.count("index_lookups")
-        return Hits(0, term, hits, self._lease_run(keys[: KEY_BYTES * hits], lease_s) if hits and lease_s else 0)
-
-    def _acquire_index(self, keys: bytes, lease_s: float) -> Acquired | None:
-        if self._index is None or not self.available or not self._calls.is_seen:
-            return None
-        session = self.session
-        term = session.term
-        placements = self._index.find(session.index, term, keys)
-        if placements is None:
-            return None
-        name = self._calls.name() if placements else 0
-        acquired = session.found(term, placements, name)
-        if acquired is not None:
-            self.count("index_acquires")
-            if name:
-                hits = len(acquired.placements)
-                is_long = hits * int(acquired.placements["nbytes"][0]) >= _LEASED_AT_ONCE_BYTES
-                self._ask_lease(name, keys[: KEY_BYTES * hits], lease_s, is_read=True, can_wait=not is_long)
-        return acquired
-
-    def _lease_run(self, keys: bytes, lease_s: float) -> int:
-        name = self._calls.name()
-        self._ask_lease(name, keys, lease_s, is_read=False, can_wait=False)
-        return self.session.leased_as(name)
-
-    def _ask_lease(self, name: int, keys: bytes, lease_s: float, *, is_read: bool, can_wait: bool) -> None:
-        def make(id_: int, session: bytes, term: int) -> protocol.LeaseRun:
-            return protocol.LeaseRun(id_, session, term, keys, lease_s, is_read)
-
-        self._tell(OneWay(make, can_wait=can_wait, id=name))
+    def _unasked(self) -> Unasked | None:
+        return self._shared if self.available else None
 
     def _leased(self, reply: Hits) -> Hits | None:
         return reply if self.session.leased(reply.term, reply.lease) else None

@@ -1,7 +1,7 @@
 """A client's view of the server's index in shared memory: how many leading keys are there, and where, without a round trip.
 
-A hint like every lookup's answer: what is loaded is acquired from the server, and validated. Where the table cannot say, the
-caller asks the server, whose answer is the definition. Not here: the layout (``shared_index.py``).
+A hint like every lookup's answer: what is loaded is validated. Where the table cannot say, it answers ``None``. Not here: the layout
+(``shared_index.py``), and the leases that go with what was found (``unasked.py``).
 """
 
 from __future__ import annotations
