@@ -19,6 +19,7 @@ from benchmarks.measure import Effort, Result, spread
 from benchmarks.state_machine import FOREVER_S, StateMachine, without_garbage_collector
 from benchmarks.trace import TOKENS_PER_CHUNK, Trace, belady, ceiling, generated_trace, read_trace
 from vcache.protocol import KEY_BYTES
+from vram_metadata_server.integrity import check_integrity
 from vram_metadata_server.settings import EvictionPolicyName, ServiceSettings
 
 #: 524,288 tokens: 20 GiB on each of 8 GPUs for a model of 320 KiB a token (Llama 70B in bf16).
@@ -107,7 +108,7 @@ def replay(trace: Trace, *, segments: int, chunks_per_segment: int, policy: Evic
                 worker.write(step, parent=before, nbytes=_PAYLOAD_BYTES, tokens=TOKENS_PER_CHUNK)
                 machine.tick()
             microseconds.append((machine.busy_s - busy) * 1e6)
-    machine.service.check_integrity()
+    check_integrity(machine.service)
     not_stored = machine.counter("reserve_no_space") / max(1, asked_to_store)
     return Replayed(hits / trace.references, not_stored, microseconds)
 

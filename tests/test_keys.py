@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcache.arguments import FEW
 from vcache.errors import ConfigError
 from vcache.keys import KeyChain, ModelSpec, chunk_keys, format_key, parse_key, tenant_of
+from vcache.tokens import FEW
 
 SPEC = ModelSpec(model="llama", dtype="bfloat16", num_layers=2, num_kv_heads=2, head_size=8, block_size=4, chunk_size=8)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vcache.arguments import DEFAULT_PIN_S, FEW, masked_prefix, pin_seconds
+from vcache.arguments import DEFAULT_PIN_S, masked_prefix, pin_seconds
 from vcache.keys import chunk_keys, tenant_of
+from vcache.tokens import FEW
 
 BAD_TOKENS = [
     ([], "empty"),

@@ -46,9 +46,10 @@ from vcache.stats import Counters, StatsValue
 from vcache.store_tier import StoreTier, open_store_tier
 
 if TYPE_CHECKING:
-    from vcache.arguments import Mask, Tokens
+    from vcache.arguments import Mask
     from vcache.paged_kv import KVCaches, PagedKV
     from vcache.pool.donor import Donor
+    from vcache.tokens import Tokens
 
 logger = logging.getLogger("vcache.engine")
 

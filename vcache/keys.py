@@ -17,12 +17,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NewType, cast
 
-from vcache.arguments import packed_tokens, utf8
 from vcache.errors import ConfigError
 from vcache.protocol import KEY_BYTES, MAX_KEYS_PER_CALL
+from vcache.tokens import packed_tokens
 
 if TYPE_CHECKING:
-    from vcache.arguments import Tokens
+    from vcache.tokens import Tokens
 
 ChunkKey = NewType("ChunkKey", bytes)
 
@@ -149,7 +149,7 @@ class KeyChain:
             raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
         self._chunk_bytes = chunk_size * _TOKEN_BYTES
         self._digest = hashlib.sha256(
-            _field(_KEY_DOMAIN) + _field(fingerprint) + _field(utf8("salt", salt)) + _extra_fields(extra_keys)
+            _field(_KEY_DOMAIN) + _field(fingerprint) + _field(_utf8("salt", salt)) + _extra_fields(extra_keys)
         )
         self._rest = b""
 
@@ -199,7 +199,7 @@ def _extra_fields(extra_keys: Sequence[str | bytes]) -> bytes:
     encoded = []
     for item in extra_keys:
         if isinstance(item, str):
-            encoded.append(_field(b"s" + utf8("extra_keys", item)))
+            encoded.append(_field(b"s" + _utf8("extra_keys", item)))
         elif isinstance(item, bytes):
             encoded.append(_field(b"b" + item))
         else:
@@ -211,7 +211,7 @@ def tenant_of(salt: str) -> int:
     """The tenant's number as records carry it: 63 bits of a SHA-256 of the salt, 0 for no salt."""
     if not salt:
         return 0
-    digest = hashlib.sha256(_field(_TENANT_DOMAIN) + _field(utf8("salt", salt))).digest()
+    digest = hashlib.sha256(_field(_TENANT_DOMAIN) + _field(_utf8("salt", salt))).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -230,3 +230,13 @@ def parse_key(text: object) -> ChunkKey:
             f"key {text!r:.80} is not of the form {KEY_TEXT_PREFIX!r} and 32 lower-case hexadecimal digits"
         )
     return ChunkKey(bytes.fromhex(found[1]))
+
+
+def _utf8(name: str, text: str) -> bytes:
+    """``text`` as UTF-8, or a ``ValueError`` naming the argument."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str, got {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has no UTF-8 form: {error.reason}") from None

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vcache.arguments import FEW
+from vcache.tokens import FEW
 
 
 def blocks_of_few_slots(

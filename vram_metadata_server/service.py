@@ -22,7 +22,6 @@ import msgspec
 
 from vcache import protocol
 from vcache.protocol import Done, Error, ErrorCode, Hits, Located, Orders, Placements, Registered, SegmentInfo, Welcome
-from vram_metadata_server import report
 from vram_metadata_server.allocations import Allocations
 from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.counters import Counters
@@ -37,6 +36,7 @@ from vram_metadata_server.pins import PinTable
 from vram_metadata_server.reads import Reads
 from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.removes import Removes
+from vram_metadata_server.report import segment_stats
 from vram_metadata_server.segments import Segment
 from vram_metadata_server.settings import ServiceSettings
 from vram_metadata_server.tombstones import Tombstones
@@ -302,7 +302,18 @@ class Service:
     def _stats(self, request: int, now: float) -> protocol.ServerStats:
         if self._started is None:
             self._started = now
-        return report.server_stats(self, request, now - self._started)
+        return protocol.ServerStats(
+            id=request,
+            term=self.term,
+            uptime_s=now - self._started,
+            entries=len(self.catalog.index),
+            leases=len(self.leases),
+            reservations=len(self.catalog.reservations),
+            pins=len(self.pins),
+            sessions=len(self.members),
+            segments=[segment_stats(segment) for segment in self.catalog.segments.values()],
+            counters=dict(self.counters),
+        )
 
     # --- time -----------------------------------------------------------------------------------------------------
 
@@ -402,7 +413,3 @@ class Service:
                 self.registrar.drop(segment, "drained")
             self._draining.remove(drain)
             out.append((route, Done(request, 0)))
-
-    def check_integrity(self) -> None:
-        """Raises ``AssertionError`` where the state contradicts itself. For tests: it looks at everything."""
-        report.check_integrity(self)

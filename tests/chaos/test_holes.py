@@ -19,6 +19,7 @@ from vcache.memory.host import HostMemory
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.protocol import PLACEMENT, Done, Outcome
 from vcache.server_query import fetch_stats
+from vram_metadata_server.integrity import check_integrity
 from vram_metadata_server.service import Service
 from vram_metadata_server.settings import ServiceSettings
 
@@ -62,7 +63,7 @@ class Conversation:
         self.next_id += 1
         message = kind(self.next_id, name.encode() * 16, term, *fields)
         self.out = self.service.handle(name.encode(), message, self.now)
-        self.service.check_integrity()
+        check_integrity(self.service)
         return self.next_id
 
     def ask(self, name: str, kind: type, *fields, term: int = 1000):
@@ -73,7 +74,7 @@ class Conversation:
     def tick(self) -> list:
         self.now += 0.1
         out = self.service.tick(self.now, True)
-        self.service.check_integrity()
+        check_integrity(self.service)
         return [reply for _, reply in out]
 
     def reserve(self, key: bytes) -> int:

@@ -31,6 +31,7 @@ def test_every_file_of_the_package_is_named() -> None:
         "settings.py",
         "counters.py",
         "deadlines.py",
+        "integrity.py",
         "intake.py",
         "refusal.py",
         "report.py",

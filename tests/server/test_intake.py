@@ -9,6 +9,7 @@ from tests.server.world import Client, World, key
 from vcache import protocol
 from vcache.protocol import Error, ErrorCode
 from vram_metadata_server.intake import answer_id
+from vram_metadata_server.integrity import check_integrity
 
 SESSION = b"s" * 16
 
@@ -82,4 +83,4 @@ def test_no_well_formed_nonsense_of_a_member_upsets_it(calls: list[tuple[int, li
         for _, reply in world.service.handle(b"liar/calls", message, world.now):
             assert not isinstance(reply, Error) or reply.code in set(ErrorCode)
         world.tick()
-    world.service.check_integrity()
+    check_integrity(world.service)

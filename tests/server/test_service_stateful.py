@@ -18,6 +18,7 @@ from tests.server.world import HOST, SETTINGS, Client, Donation, Reading, Segmen
 from vcache import protocol
 from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
+from vram_metadata_server.integrity import check_integrity
 from vram_metadata_server.reservations import Reservation
 from vram_metadata_server.segments import SegmentState
 from vram_metadata_server.service import Service
@@ -232,7 +233,7 @@ class Pool(Members):
             Donation(Client(other, f"copy{at}"), copy)
         rebuilt = {found for found in other.placements() if (found[2], found[3]) not in known}
         assert rebuilt == lost
-        other.service.check_integrity()
+        check_integrity(other.service)
 
     @invariant()
     def removed_means_gone(self) -> None:

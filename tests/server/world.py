@@ -12,6 +12,7 @@ from tests.server.members import HOST, Client, Reading, Write
 from tests.server.memory import UNIT, SegmentMemory, key, keys
 from vcache import protocol
 from vram_metadata_server.index import Placement
+from vram_metadata_server.integrity import check_integrity
 from vram_metadata_server.segments import Retiring
 from vram_metadata_server.service import Service
 from vram_metadata_server.settings import ServiceSettings
@@ -153,7 +154,7 @@ class World:
 
     def check(self) -> None:
         """Everything that must hold between any two steps. Raises ``AssertionError``."""
-        self.service.check_integrity()
+        check_integrity(self.service)
         self._check_changes_are_told()
         self._check_placements_are_true()
         self._check_committed_records_are_known()

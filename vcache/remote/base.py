@@ -50,10 +50,3 @@ class RemoteEngine(Protocol):
 
         False: nothing is known, and the pieces' local memory may be written at any time from now on.
         """
-
-
-def open_engine(setup: EngineSetup) -> RemoteEngine:
-    """The engine that ``setup`` names, ready for calls."""
-    from vcache.remote.mooncake import MooncakeEngine  # a second engine joins here
-
-    return MooncakeEngine(setup)

@@ -18,7 +18,8 @@ from typing import Final
 from vcache.companion.life import end_with
 from vcache.companion.link import TAINTED, Answer, Close, Failed, Link, LinkClosedError, Ready
 from vcache.errors import VCacheError
-from vcache.remote.base import Piece, RemoteEngine, open_engine
+from vcache.remote.base import Piece, RemoteEngine
+from vcache.remote.engines import open_engine
 from vcache.remote.wire import DECODER, READ, STRANGER, UNREACHED, Fetch, ReadFor, Stretch
 
 

@@ -21,7 +21,7 @@ from vcache.errors import VCacheError
 from vcache.memory.base import is_host
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.remote.announcement import Announcement, announced
-from vcache.remote.base import open_engine
+from vcache.remote.engines import open_engine
 from vcache.remote.wire import DECODER, Serve
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vcache.arguments import FEW
 from vcache.paged_kv import PagedKV
+from vcache.tokens import FEW
 
 Int64Array = npt.NDArray[np.int64]
 _INT64: Final = np.dtype(np.int64)
