@@ -3,7 +3,8 @@
  * It keeps the rules of CUDA's documentation that our code has to keep, and is stricter where CUDA leaves things undefined: no
  * access before cuMemSetAccess, no address range given back while it is mapped, no own IPC handle opened, a current context where
  * one is needed. It behaves as if another thread were capturing a graph in global mode all the while: unsafe calls in a thread
- * that is not in relaxed mode are refused, and so is waiting for the whole device.
+ * that is not in relaxed mode are refused, and so is waiting for the whole device. Copies happen when their stream is waited for,
+ * and no sooner.
  *
  * STAND_IN_LOG: a file that gets a line for each call. STAND_IN_FAIL="cuMemMap": that call fails. STAND_IN_LACKS="102": the device
  * attribute of this number is 0. STAND_IN_PEERS=0: no device may use the memory of another. STAND_IN_GATE: a pipe; host memory is
@@ -27,6 +28,8 @@ struct allocation { int fd, dev; size_t size; };
 static struct { ptr at; size_t size; int fd, state, owned; } ranges[64];
 static __thread int capture_mode = GLOBAL, depth;
 static __thread void *stack[16];
+static __thread struct { void *to; const void *from; size_t size; } queued[256];
+static __thread int copies;
 
 static int logged(const char *name) {
   const char *file = getenv("STAND_IN_LOG"), *fail = getenv("STAND_IN_FAIL");
@@ -93,12 +96,21 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
 }
 int cuStreamCreate(void **stream, unsigned flags) { UNSAFE; return *stream = (void *)8, flags == 1 ? OK : INVALID_VALUE; }
 int cuStreamDestroy(void *stream) { UNSAFE; return OK; }
-int cuStreamSynchronize(void *stream) { UNSAFE; return OK; }
+int cuStreamSynchronize(void *stream) {
+  UNSAFE;
+  for (int i = 0; i < copies; i++) memcpy(queued[i].to, queued[i].from, queued[i].size);
+  return copies = 0, OK;
+}
+static int enqueue(void *to, const void *from, size_t size) {
+  if (copies == 256) abort();
+  queued[copies].to = to, queued[copies].from = from, queued[copies++].size = size;
+  return OK;
+}
 int cuMemGetInfo(size_t *free_bytes, size_t *total) { UNSAFE; return *free_bytes = *total = FREE_BYTES, OK; }
 int cuMemsetD8Async(ptr at, unsigned char value, size_t size, void *stream) { UNSAFE; return memset((void *)at, value, size), OK; }
-int cuMemcpyAsync(ptr to, ptr from, size_t size, void *stream) { UNSAFE; return memcpy((void *)to, (void *)from, size), OK; }
-int cuMemcpyHtoDAsync(ptr to, const void *from, size_t size, void *stream) { UNSAFE; return memcpy((void *)to, from, size), OK; }
-int cuMemcpyDtoHAsync(void *to, ptr from, size_t size, void *stream) { UNSAFE; return memcpy(to, (void *)from, size), OK; }
+int cuMemcpyAsync(ptr to, ptr from, size_t size, void *stream) { UNSAFE; return enqueue((void *)to, (void *)from, size); }
+int cuMemcpyHtoDAsync(ptr to, const void *from, size_t size, void *stream) { UNSAFE; return enqueue((void *)to, from, size); }
+int cuMemcpyDtoHAsync(void *to, ptr from, size_t size, void *stream) { UNSAFE; return enqueue(to, (void *)from, size); }
 
 int cuMemAlloc(ptr *at, size_t size) {
   UNSAFE;

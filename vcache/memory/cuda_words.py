@@ -15,10 +15,10 @@ _GAP_WORDS: Final = 256
 
 
 class CudaWords:
-    """By copies on the calling thread's current stream, in the order of whatever it enqueued there. Loads wait for the stream.
+    """By copies on the calling thread's current stream, in the order of whatever it enqueued there, which loads and stores wait for.
 
-    A copy from or to memory that is not pinned, as numpy's, has CUDA's promise (API synchronization behavior) that its bytes have
-    been taken from there, or have arrived there, when the call returns.
+    CUDA promises nothing of when it takes bytes from memory that is not pinned, as numpy's, or when they arrive there ("might be
+    synchronous", API synchronization behavior): hence a wait behind each copy.
     """
 
     def __init__(self, address: int, ordinal: int) -> None:
@@ -34,8 +34,9 @@ class CudaWords:
     def store_run(self, start: int, values: WordArray) -> None:
         values = np.ascontiguousarray(values)
         with on_device(self._ordinal):
-            at = self._address + start * WORD_BYTES
-            call("cuMemcpyHtoDAsync", at, values.ctypes.data, values.nbytes, current_stream(self._ordinal))
+            at, stream = self._address + start * WORD_BYTES, current_stream(self._ordinal)
+            call("cuMemcpyHtoDAsync", at, values.ctypes.data, values.nbytes, stream)
+            call("cuStreamSynchronize", stream)
 
     def load_each(self, indices: IndexArray) -> WordArray:
         wanted, back = np.unique(indices, return_inverse=True)
@@ -59,6 +60,7 @@ class CudaWords:
     def _load(self, start: int, count: int, stream: int) -> WordArray:
         found: WordArray = np.empty(count, dtype=np.uint64)
         call("cuMemcpyDtoHAsync", found.ctypes.data, self._address + start * WORD_BYTES, found.nbytes, stream)
+        call("cuStreamSynchronize", stream)
         return found
 
 
