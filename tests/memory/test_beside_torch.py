@@ -85,6 +85,20 @@ def test_a_donor_takes_its_segment_and_a_bare_context(runtime_dir, processes):
     assert nbytes <= used() - before < nbytes + 1024 * MIB
 
 
+def test_what_goes_aside_is_on_one_stream_that_torch_gives_to_nobody_else(allocate):
+    memory = allocate()
+    assert not memory.tensor.any()
+    taken = set()
+    for _ in range(3):
+        with aside(memory):
+            taken.add(torch.cuda.current_stream().cuda_stream)
+            assert int(torch.ones(1024, device="cuda:0").sum()) == 1024
+    with aside(memory), aside(memory):
+        taken.add(torch.cuda.current_stream().cuda_stream)
+    assert len(taken) == 2
+    assert taken.isdisjoint(torch.cuda.Stream().cuda_stream for _ in range(64))
+
+
 @pytest.mark.parametrize("kind", ["vmm", "ipc"])
 def test_a_capture_in_global_mode_survives_all_that_another_thread_does_with_memory(allocate, runtime, kind):
     host = HostMemory.create(runtime, secrets.token_bytes(16), MIB)
