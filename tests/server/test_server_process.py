@@ -152,14 +152,16 @@ def test_a_client_that_never_reads_holds_nobody_up(start_server: StartServer) ->
 
 
 def test_a_flood_starves_nobody_and_hides_no_silence(start_server: StartServer, processes: Processes) -> None:
-    config, server = start_server(server=QUICK)
+    config, server = start_server(
+        server=QUICK | {"liveness_timeout": 4.0}
+    )  # long enough to be found before it is missed
     flood = processes.python("-m", "tests.server.flood", config=config)
     flood.expect("flooding")
     with Dealer(config) as silent, Dealer(config) as other:
+        other.hello()
         silent.hello()
         silent.donate()
         silent.store([key(1)])
-        other.hello()
         assert other.call(protocol.Lookup, key(1), 0.0).hits == 1
         until(lambda: other.call(protocol.Lookup, key(1), 0.0).hits == 0)
         assert other.stats().counters["sessions_silent"] == 1
