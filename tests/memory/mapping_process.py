@@ -1,8 +1,8 @@
 """A process with a GPU that maps a segment as it is told: ``python -m tests.memory.mapping_process RUNTIME_DIR PLACE``, a command a line.
 
 ``PLACE`` is where the segment is, "host", "vram" or "peer", which is another GPU; it is this process's own, which maps it once more, as another would (by a VMM
-handle that is possible). ``use``, ``release`` (the last use), ``pinned SECONDS`` (whether the last use is, within this time), ``read``, ``drop``, ``idle SECONDS`` (a look at the clock), ``close``:
-each answered by ``done`` or what it found.
+handle that is possible). ``use``, ``release`` (the last use), ``pinned SECONDS`` (whether the last use is, within this time), ``read``, ``drop``, ``idle SECONDS`` (a look at the clock), ``close``,
+and for use in place ``adopt`` (in two of its lives) and ``give-up``: each answered by ``done`` or what it found.
 """
 
 from __future__ import annotations
@@ -43,6 +43,23 @@ def main() -> None:
     info = SegmentInfo(1, segment_id, 1, tier, runtime.host_id, memory.device, memory.nbytes, memory.handle, label)
     mappings = Mappings(runtime, host=runtime.host_id, device=device_uuid(0), settings=TransferConfig(unmap_after=10.0))
     uses: list[Use] = []
+
+    def adopt() -> None:
+        mappings.adopt(segment)
+        segment.begin_incarnation()
+        mappings.adopt(segment)
+
+    def give_up() -> None:
+        assert mappings.give_up(segment, 60)
+        segment.close()
+
+    answerless = {
+        "adopt": adopt,
+        "close": mappings.close,
+        "drop": lambda: mappings.drop((segment_id, 1)),
+        "give-up": give_up,
+        "release": lambda: uses.pop().release(),
+    }
     print("ready", flush=True)
     for line in sys.stdin:
         what, *rest = line.split()
@@ -53,16 +70,12 @@ def main() -> None:
             uses += [use] if use is not None else []
         elif what == "read":
             answer = str(uses[-1].segment.memory.words.load(segment.data_offset // 8))
-        elif what == "release":
-            uses.pop().release()
         elif what == "pinned":
             answer = str(uses[-1].await_pinned(float(rest[0])))
-        elif what == "drop":
-            mappings.drop((segment_id, 1))
         elif what == "idle":
             answer = str(len(mappings.unmap_idle(float(rest[0]))))
-        elif what == "close":
-            mappings.close()
+        else:
+            answerless[what]()
         print(answer, flush=True)
 
 

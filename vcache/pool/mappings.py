@@ -72,10 +72,14 @@ class _Entry:
         self.pinning: Pinning | None = None
         self.may_be_pinned = False  # soon: worth waiting for
 
-    def close(self) -> None:
+    def unpin(self) -> None:
         """Once nobody uses it. Harmless when called twice."""
         if self.pinning is not None:
             self.pinning.end()
+
+    def close(self) -> None:
+        """As ``unpin``. Not of this process's own, which its donor closes."""
+        self.unpin()
         self.segment.close()
 
 
@@ -148,14 +152,24 @@ class Mappings:
     def adopt(self, segment: Segment) -> None:
         """A segment of this process, under its present incarnation. Its donor goes on owning it."""
         with self._changed:
-            self._entries[segment.segment_id, segment.incarnation] = _Entry(segment, is_local=True)
+            entry = next((entry for entry in self._entries.values() if entry.segment is segment), None)
+            if entry is None:
+                entry = _Entry(segment, is_local=True)
+                self._make_fit(entry)
+            self._entries[segment.segment_id, segment.incarnation] = entry
 
     def give_up(self, segment: Segment, timeout_s: float) -> bool:
         """Forgets every incarnation of a segment of this process; whether all its users were done in time."""
         with self._changed:
             mine = [key for key, entry in self._entries.items() if entry.segment is segment]
-            entries = [self._entries.pop(key) for key in mine]
-            return self._changed.wait_for(lambda: not any(entry.users for entry in entries), timeout=timeout_s)
+            entries = {self._entries.pop(key) for key in mine}
+            for entry in entries:
+                entry.dropped = True
+            is_unused = self._changed.wait_for(lambda: not any(entry.users for entry in entries), timeout=timeout_s)
+        if is_unused:
+            for entry in entries:
+                entry.unpin()
+        return is_unused
 
     def drop(self, identity: Identity) -> None:
         """The segment is gone: unmapped at once, or when its last user is done."""
@@ -252,9 +266,14 @@ class Mappings:
             entry.dropped = True
         else:
             self._entries[identity] = entry
-            entry.may_be_pinned = self._has_gpu and isinstance(segment.memory, HostMemory)
-            self._hand_over(entry)
+            self._make_fit(entry)
         return entry
+
+    def _make_fit(self, entry: _Entry) -> None:
+        """Before its first use, if there is time. To this process's own memory there is nothing to do but to pin it."""
+        entry.may_be_pinned = self._has_gpu and isinstance(entry.segment.memory, HostMemory)
+        if entry.may_be_pinned or not entry.is_local:
+            self._hand_over(entry)
 
     def _await_pinned(self, entry: _Entry, timeout_s: float) -> bool:
         with self._changed:
@@ -280,7 +299,7 @@ class Mappings:
             entry.users -= 1
             if not entry.users:
                 self._changed.notify_all()
-                if entry.dropped:
+                if entry.dropped and not entry.is_local:
                     self._unmap(entry)
 
     def _is_on_host(self, entry: _Entry) -> bool:
@@ -318,7 +337,7 @@ class Mappings:
         with self._changed:
             is_wanted = not entry.dropped
             entry.users += is_wanted
-            is_over = not entry.users
+            is_over = not entry.users and not entry.is_local
         if is_wanted:
             try:
                 self._prepare(entry)
