@@ -51,7 +51,7 @@ def test_a_store_leaves_the_device_at_what_it_computes(start_server, start_donor
     is_over.record()
     engine.store(TOKENS, slot_mapping=slots_of(HERE))
     assert not is_over.query()
-    for tensor in tensors:
+    for tensor in tensors.values():
         tensor.zero_()  # behind the store, on the same stream
     mask = engine.retrieve(TOKENS, kvcaches=loaded, slot_mapping=slots_of(THERE))
     assert is_over.query()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pool.conftest import QUICK
 from tests.pool.payloads import new_keys, start_write, until
 from vcache import block_cache, pool_runs
 from vcache.block_cache import BlockCache
@@ -74,9 +75,10 @@ class Pool(NamedTuple):
 
 
 @pytest.fixture(params=PLACES)
-def pool(request, quick, open_client) -> Iterator[Pool]:
+def pool(request, start_server, open_client) -> Iterator[Pool]:
     """Planes and segments in one place, between which kernels copy."""
-    config, _ = quick
+    # A key is left to its writer for as long as kernels may compile, and the device may be kept busy.
+    config, _ = start_server(**QUICK | {"server": QUICK["server"] | {"reservation_timeout": 60.0}})
     place = torch.device(request.param)
     client = open_client(config, device=device_name(place))
     donors: list[Donor] = []
@@ -294,17 +296,17 @@ def test_what_was_prepared_serves_all_calls(pool):
 def test_the_caller_waits_for_nothing_before_the_end(pool):
     keys = new_keys(4)
     assert pool.store(keys) == 4
-    pool.load(keys)  # compiles
+    pool.load(keys)  # loads the kernels
     pool.client.clear()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(400_000_000)
+        torch.cuda._sleep(2_000_000_000)  # about a second
         write = pool.begin_store(keys)
         write.copy_from(pool.kv, BLOCKS)
         assert not stream.query()
         assert write.complete() == 4
         pool.client.lookup(b"".join(keys))
-        torch.cuda._sleep(400_000_000)
+        torch.cuda._sleep(2_000_000_000)
         read = begin_read(pool.client, keys, 0)
         read.copy_to(pool.kv, THERE)
         assert not stream.query()

@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from vcache.memory.base import Memory
 from vcache.memory.host import HostMemory
-from vcache.pool import record_kernels
+from vcache.pool import enqueued_records, record_kernels
 from vcache.pool.enqueued_records import EnqueuedRead, EnqueuedWrite
 from vcache.pool.records import GENERATION, KEY, LAYOUT, RECORD_WORDS, RunFields, pack
 from vcache.pool.runtime_dir import RuntimeDir
@@ -174,6 +174,18 @@ def test_a_room_goes_to_the_next_call_once_its_own_has_ended(segments: list[Segm
     first.end()
     assert rooms.take(1) is first._room
     assert rooms.take(1) not in (first._room, second._room)
+
+
+def test_whoever_is_first_has_all_kernels_compiled_once(
+    segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(record_kernels, "compile_all", lambda: asked.append("all"))
+    enqueued_records._compile.cache_clear()
+    case = Case(1, 5, 0)
+    for _ in range(2):
+        EnqueuedWrite(segments[0], case.records, case.rows, device=segments[0].tensor.device).end()
+    assert asked == ["all"]
 
 
 def test_this_is_the_interpreter_if_it_was_asked_for() -> None:

@@ -41,10 +41,11 @@ def test_round_trip_over_random_layouts(data: st.DataObject, layout: Layout, ali
 def test_a_copy_waits_its_turn_on_the_callers_stream() -> None:
     caches = torch.zeros(4, 1 << 20, dtype=torch.uint8, device="cuda")
     kv, segment = PagedKV([caches], block_size=1), torch.zeros(4 << 20, dtype=torch.uint8, device="cuda")
+    gather(kv, np.arange(4)[:, None], segment, np.arange(4) << 20)  # compiles
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(2_000_000_000)  # about a second
         caches.fill_(3)
         gather(kv, np.arange(4)[:, None], segment, np.arange(4) << 20)
         assert not stream.query()  # enqueued, not waited for

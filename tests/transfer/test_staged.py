@@ -114,9 +114,11 @@ def test_between_a_gpu_and_pinned_memory_it_is_enqueued_and_can_be_waited_for() 
     caches = torch.zeros(4, 1 << 20, dtype=torch.uint8, device="cuda")
     kv, segment = PagedKV([caches], block_size=1), torch.zeros(4 << 20, dtype=torch.uint8, pin_memory=True)
     ids, offsets = np.arange(4)[:, None], np.arange(4) << 20
-    transfer.gather(kv, ids, segment, offsets)  # compiles
     stream = torch.cuda.current_stream()
-    stream.synchronize()
+    for cycles in (0, 200_000_000):  # compiles; then takes as much pinned memory as is needed at a time
+        torch.cuda._sleep(cycles)
+        transfer.gather(kv, ids, segment, offsets)
+        stream.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second
     caches.fill_(3)
     transfer.gather(kv, ids, segment, offsets)

@@ -8,6 +8,7 @@ could not be marked, is kept from it on the device. Other copies into or from VR
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -41,11 +42,18 @@ def prepare(kv: PagedKV) -> None:
     may wait for the device.
     """
     with on(kv.device):
-        record_kernels.compile_all()
+        _compile(kv.device)
         rooms = rooms_of(kv.device)
         for room in [rooms.take(ROOM_WORDS) for _ in range(ROOMS)]:
+            room.done.record()  # behind what torch's allocator may have had its memory used for
             rooms.give_back(room)
     cuda.compile_for(kv)
+
+
+@cache
+def _compile(device: torch.device) -> None:
+    """All at once for the current ``device``: a commit that compiles its kernel in the background keeps others waiting."""
+    record_kernels.compile_all()
 
 
 class _Enqueued:
@@ -55,6 +63,7 @@ class _Enqueued:
         self._device = device
         self._rooms = rooms_of(device)
         with on(device):
+            _compile(device)
             self._room = self._rooms.take(words)
         self._is_over = False
 
