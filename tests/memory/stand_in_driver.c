@@ -114,6 +114,7 @@ int cuMemcpyDtoHAsync(void *to, ptr from, size_t size, void *stream) { UNSAFE; r
 
 int cuMemAlloc(ptr *at, size_t size) {
   UNSAFE;
+  if (size % GRANULARITY) return INVALID_VALUE; /* others would share its block */
   int fd = shared_memory(size);
   *at = (ptr)mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   return take(*at, size, fd, MAPPED, 1);

@@ -97,14 +97,14 @@ def test_handles_that_are_none_are_refused(environment, start, bad):
 @pytest.mark.parametrize("kind", KINDS)
 def test_making_opening_and_closing_over_and_over_takes_nothing(environment, start, runtime_dir, kind):
     owner, reader = start(environment), start(environment)
-    before: list[str] = []
+    held: list[list[int]] = []  # descriptors and threads of both
     for cycle in range(50):
         handle, uuid = made(owner, kind)
         assert reader.ask(f"open {handle} {MIB} {uuid} {uuid}") == "opened"
         assert reader.ask("close") == owner.ask("close") == "done"
-        if cycle == 1:  # after whatever is made once
-            before = [process.ask("counts") for process in (owner, reader)]
-    assert [process.ask("counts") for process in (owner, reader)] == before
+        if cycle in (1, 49):  # after whatever is made once; a driver may open some more of its own, but not for each
+            held.append([int(number) for process in (owner, reader) for number in process.ask("counts").split()[1:]])
+    assert all(last - first < 10 for first, last in zip(*held, strict=True)), held
     assert not list(runtime_dir.glob("*.sock"))
 
 

@@ -15,11 +15,13 @@ from vcache.errors import CorruptionError
 from vcache.memory.cuda_driver import call, driver, giving_up
 
 HANDLE_BYTES: Final = 64
+#: The driver cuts smaller allocations out of blocks of this size, and a handle shares the whole block with whatever else is in it.
+BLOCK_BYTES: Final = 2 << 20
 
 
 def create(stack: ExitStack, nbytes: int) -> tuple[int, bytes]:
-    """Memory of the current device and its handle. ``stack`` frees it. Raises ``CudaError``."""
-    address = int(call("cuMemAlloc", nbytes))
+    """Memory of the current device, in blocks of its own, and its handle. ``stack`` frees it. Raises ``CudaError``."""
+    address = int(call("cuMemAlloc", -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES))
     giving_up(stack, "cuMemFree", address)
     opaque = call("cuIpcGetMemHandle", address)
     return address, ctypes.string_at(opaque.getPtr(), HANDLE_BYTES)
