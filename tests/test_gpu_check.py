@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,20 @@ def test_every_test_that_needs_a_gpu_is_among_those_it_runs():
 @pytest.mark.skipif(ON_A_GPU, reason="they would not be skipped")
 def test_a_skipped_test_has_not_passed(tmp_path, monkeypatch):
     monkeypatch.setattr("tools.gpu_check.TESTS", ("tests/transfer/test_cuda_copies.py",))
-    *rows, time = Check(tmp_path, Found({}), quick=True).step("tests")
+    *rows, took = Check(tmp_path, Found({}), quick=True).step("tests")
     assert len(rows) == 3 and not any(row.passed for row in rows)
     assert {row.detail for row in rows} == {"no CUDA device here"}
-    assert time.passed and time.detail.endswith(f"s, at most {STEPS['tests']}")
+    assert took.passed and took.detail.endswith(f"s, at most {STEPS['tests']}")
+
+
+def test_a_file_whose_process_does_not_end_well_has_failed_though_its_tests_passed(tmp_path):
+    test = tmp_path / "test_that_ends_badly.py"
+    test.write_text("import atexit, os\ndef test_fine():\n    atexit.register(os._exit, 11)\n")
+    check = Check(tmp_path, Found({}), quick=True)
+    check._deadline = time.monotonic() + PATIENCE_S
+    fine, whole = check._tests_of(["-p", "no:cacheprovider"], str(test))
+    assert fine.passed
+    assert not whole.passed and whole.case == str(test) and whole.detail.startswith("status 11: ")
 
 
 @pytest.mark.parametrize("tool", SANITIZED)
@@ -90,12 +101,13 @@ def test_the_step_of_two_processes_works_on_host_devices(tmp_path):
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started_and_has_failed(tmp_path, monkeypatch):
     hangs = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '1000'])"
     done = run("-c", hangs, limit_s=2.0)
-    assert done.status == TOO_LONG and done.output == "begun\n\nnot done after 2 s"
+    assert done.status == TOO_LONG and done.output.startswith("begun\n") and done.last_line == "not done after 2 s"
+    assert "KeyboardInterrupt" in done.output, "it says where it was"
     monkeypatch.setitem(STEPS, "demo", 0)
     found = Found({})
-    row, time = Check(tmp_path, found, quick=True).step("demo")
+    row, took = Check(tmp_path, found, quick=True).step("demo")
     assert not row.passed and row.detail == "not begun: no time was left"
-    assert not time.passed
+    assert not took.passed
     assert list(found.outputs) == ["-m vcache.cli demo --no-llm"]
 
 

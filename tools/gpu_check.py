@@ -43,6 +43,8 @@ HANDLES: Final = ("vmm", "ipc")
 #: They look at the memory of the whole device.
 ALONE: Final = ("tests/engine/test_device_faults.py", "tests/memory/test_beside_torch.py")
 FILES_AT_ONCE: Final = 4
+#: A test that takes so long says where each of its threads is, also where one waits for the device for ever.
+STUCK: Final = ("-o", "faulthandler_timeout=150")
 #: What runs under each of compute-sanitizer's tools: the kernels that copy, and those of records. Nothing that expects a launch not
 #: to wait, which under a sanitizer it may.
 COPIES: Final = "tests/transfer/test_cuda_copies.py::test_round_trip_over_random_layouts"
@@ -55,6 +57,8 @@ PREPARING_S: Final = 120
 KEPT_CHARS: Final = 20_000
 EXIT_FAILED, EXIT_MISSING = 1, 3
 TOO_LONG: Final = 124
+#: What was interrupted for taking too long may clean up, and say where it was, for so many seconds.
+LAST_WORDS_S: Final = 15
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class Check:
     def doctor(self) -> Iterator[Row]:
         """What ``vcache doctor`` says of the GPUs; there is no pool yet, and that is no fault."""
         done = self._run("-m", "vcache.cli", "doctor", "--json", "--timeout", "0.1")
-        try:
-            findings = json.loads(done.output[done.output.index("[") :])
+        try:  # whatever was said beside it
+            findings, _ = json.JSONDecoder().raw_decode(done.output, done.output.index("[\n"))
         except ValueError:
             yield Row("doctor", "vcache doctor", passed=False, detail=done.last_line)
             return
@@ -129,7 +133,7 @@ class Check:
             options += ["-k", "not mooncake", "--ignore=tests/remote"]
         places = [place for place in TESTS if f"--ignore={place}" not in options]
         listed = self._run("-m", "pytest", "--collect-only", "-q", *options, *places)
-        files = sorted({line.partition("::")[0] for line in listed.output.splitlines() if "::" in line})
+        files = sorted({line.partition("::")[0] for line in listed.output.splitlines() if ".py::" in line})
         if listed.status or not files:
             yield Row("tests", "collection", passed=False, detail=listed.last_line)
         beside_others = [file for file in files if file not in ALONE]
@@ -142,14 +146,15 @@ class Check:
 
     def _tests_of(self, options: Sequence[str], file: str) -> list[Row]:
         report = self._directory / f"{file.replace('/', '.')}.xml"
-        done = self._run("-m", "pytest", "-q", *options, f"--junitxml={report}", file)
-        if not report.exists():
-            return [Row("tests", file, passed=False, detail=done.last_line)]
+        done = self._run("-m", "pytest", "-q", *STUCK, *options, f"--junitxml={report}", file)
         rows = []
-        for case in ET.parse(report).iter("testcase"):
-            bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
-            detail = str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s"
-            rows.append(Row("tests", f"{Path(file).stem}: {case.get('name')}", not bad, detail))
+        with contextlib.suppress(FileNotFoundError, ET.ParseError):  # it did not come to write it, or to its end
+            for case in ET.parse(report).iter("testcase"):
+                bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+                detail = str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s"
+                rows.append(Row("tests", f"{Path(file).stem}: {case.get('name')}", not bad, detail))
+        if not rows or (done.status and all(row.passed for row in rows)):  # a fault of its process, or too long
+            rows.append(Row("tests", file, passed=False, detail=f"status {done.status}: {done.last_line}"))
         return rows
 
     def processes(self) -> Iterator[Row]:
@@ -259,7 +264,8 @@ def machine() -> dict[str, str]:
         "import json, torch, triton, cuda.bindings; print(json.dumps({'gpu': torch.cuda.get_device_name(0), 'torch': torch.__version__, "
         "'cuda': torch.version.cuda, 'triton': triton.__version__, 'cuda-bindings': cuda.bindings.__version__}))"
     )
-    found: dict[str, str] = json.loads(run("-c", code).last_line)
+    said = run("-c", code).output
+    found: dict[str, str] = json.JSONDecoder().raw_decode(said, said.index("{"))[0]
     return {**found, "driver": _driver_version(), "date": datetime.now(tz=UTC).date().isoformat()}
 
 
@@ -302,7 +308,8 @@ def run(
     extra: Mapping[str, str] | None = None,
     limit_s: float = PREPARING_S,
 ) -> Done:
-    """Runs this Python with ``arguments`` in the checkout, for at most so long; what it left behind is killed with it.
+    """Runs this Python with ``arguments`` in the checkout, for at most so long; then it is interrupted, so that it ends what it started, and
+    killed with what it left behind.
 
     ``before``: a command to run it under; ``extra``: variables of its environment.
     """
@@ -323,6 +330,9 @@ def run(
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             status = TOO_LONG
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
