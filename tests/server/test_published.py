@@ -21,6 +21,7 @@ from vcache.pool import shared_index
 from vcache.pool.index_reader import IndexReader
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.shared_index import index_bytes
+from vram_metadata_server import published as published_module
 from vram_metadata_server.published import PublishedIndex
 
 TERM = 1_795_000_000_000
@@ -63,7 +64,7 @@ def publish(index: PublishedIndex, changes: dict[bytes, bool], *, is_exact: bool
 
 
 def files(runtime: RuntimeDir) -> list[str]:
-    return [path.name for path in runtime.path.glob("index-*")]
+    return sorted(path.name for path in runtime.path.glob("index-*"))
 
 
 def home(name: bytes) -> int:
@@ -85,9 +86,13 @@ FIRST, SECOND, MIXED = next(
 batches = st.lists(st.dictionaries(st.integers(0, 60), st.booleans(), max_size=40), max_size=12)
 
 
+@pytest.mark.parametrize("pace", [(1 << 20, 1 << 20), (512, 2), (200, 1)], ids=["at once", "slowly", "too slowly"])
 @given(batches, st.integers(0, 59))
-def test_it_says_what_a_set_says(batches: list[dict[int, bool]], start: int) -> None:
-    with host_directory() as directory:
+def test_it_says_what_a_set_says(pace: tuple[int, int], batches: list[dict[int, bool]], start: int) -> None:
+    """``pace``: how much of the next table each change makes, in bytes and in slots."""
+    with host_directory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published_module, "ALLOCATED_PER_CHANGE", pace[0])
+        patch.setattr(published_module, "COPIED_PER_CHANGE", pace[1])
         runtime = RuntimeDir(directory)
         index = PublishedIndex(runtime, term=TERM, max_bytes=1 << 20, min_slots=FEW_SLOTS)
         reader, expected = IndexReader(runtime), set[int]()
@@ -100,7 +105,7 @@ def test_it_says_what_a_set_says(batches: list[dict[int, bool]], start: int) -> 
             asked = b"".join(map(key, range(start, 60)))
             assert reader.run(index.name, TERM, asked) == len(run)
             assert reader.find(index.name, TERM, asked) == b"".join(placement(key(name)) for name in run)
-        assert len(files(runtime)) == 1
+        assert files(runtime) in ([index.name], [index.name, f"{index.name}.new"])
         index.close()
         assert files(runtime) == []
 
@@ -134,8 +139,13 @@ def test_it_grows_and_its_readers_follow(published: PublishedIndex, runtime: Run
     for first in range(0, 20_000, 1000):
         publish(published, {key(name): True for name in range(first, first + 1000)})
         assert reader.run(published.name, TERM, b"".join(map(key, range(first + 1001)))) == first + 1000
-    assert files(runtime) == [published.name]
+    assert files(runtime) == [published.name, f"{published.name}.new"], "it is crowded"
     assert os.path.getsize(runtime.path / published.name) == index_bytes(1 << 15)
+    publish(published, {key(name): False for name in range(10_000)})
+    publish(published, {key(name): name == 0 for name in range(10_000)})
+    assert files(runtime) == [published.name], "it was replaced while there was room"
+    assert os.path.getsize(runtime.path / published.name) == index_bytes(1 << 16)
+    assert [reader.run(published.name, TERM, key(name)) for name in (0, 1, 9_999, 10_000, 19_999)] == [1, 0, 0, 1, 1]
 
 
 def test_keys_that_come_and_go_do_not_make_it_grow(

@@ -126,14 +126,17 @@ int64_t vcache_index_apply(uint8_t *table, int64_t slot_count, int64_t limit, st
     return count;
 }
 
-/* Copies every key of one table into another, which has room for them. */
-void vcache_index_copy(const uint8_t *from, int64_t from_count, uint8_t *to, int64_t to_count, struct counts *counts)
+/* Copies the keys in the slots from ``first`` to before ``end`` of one table into another; before which slot that was full. */
+int64_t vcache_index_copy(const uint8_t *from, int64_t first, int64_t end, uint8_t *to, int64_t to_count, int64_t limit,
+                          struct counts *counts)
 {
     const struct slot *slots = slots_of(from);
-    for (int64_t at = 0; at < from_count; at++)
-        if ((slots[at].mark & KIND) == PRESENT)
-            insert(slots_of(to), (uint64_t)to_count - 1, to_count, counts, slots[at].low, slots[at].high,
-                   slots[at].placement);
+    uint64_t last = (uint64_t)to_count - 1;
+    for (int64_t at = first; at < end; at++)
+        if ((slots[at].mark & KIND) == PRESENT &&
+            !insert(slots_of(to), last, limit, counts, slots[at].low, slots[at].high, slots[at].placement))
+            return at;
+    return end;
 }
 
 void vcache_index_set_state(uint8_t *table, uint64_t state)

@@ -60,10 +60,10 @@ _COUNTS = ctypes.POINTER(Counts)
 index_apply = _library.vcache_index_apply
 index_apply.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _COUNTS, _BYTES, _BYTES, _BYTES, _NUMBER]
 index_apply.restype = _NUMBER
-#: (from, its slots, to, its slots, counts of the latter)
+#: (from, its first slot, the one to end before, to, its slots, limit, counts) -> before which slot the latter was full.
 index_copy = _library.vcache_index_copy
-index_copy.argtypes = [_ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _COUNTS]
-index_copy.restype = None
+index_copy.argtypes = [_ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _COUNTS]
+index_copy.restype = _NUMBER
 #: (table, state)
 index_set_state = _library.vcache_index_set_state
 index_set_state.argtypes = [_ADDRESS, ctypes.c_uint64]
