@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from tests.support.processes import REPOSITORY, child_environment
@@ -68,6 +68,12 @@ class Hopper:
 
 def test_what_was_compiled_ahead_serves_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", Hopper())
+    loaded: list[CompiledKernel] = []
+
+    def load(kernel: CompiledKernel) -> None:
+        loaded.append(kernel)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
     caches = [torch.zeros(16, 2, 64, dtype=torch.uint8) for _ in range(3)]
     kv = PagedKV(caches, block_size=16, num_blocks=16)
     table = triton_kernels.PlaneTable(kv)
@@ -85,6 +91,7 @@ def test_what_was_compiled_ahead_serves_every_call(monkeypatch: pytest.MonkeyPat
         return [len(kernel.device_caches[0][0]) for kernel in kernels]
 
     assert compiled() == list(kernels.values())
+    assert len({kernel.hash for kernel in loaded}) == sum(kernels.values())
     memory = torch.zeros(64, dtype=torch.int64)
     for chunks, per_chunk in ((1, 3), (3, 1), (2, 5), (4, 4)):  # tables that begin at multiples of 16, and that do not
         blocks, payloads = memory[: chunks * per_chunk].view(chunks, per_chunk), memory[chunks * per_chunk :][:chunks]

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from vcache.pool.records import GENERATION, KEY, LAYOUT, RECORD_WORDS
+from vcache.transfer.triton_kernels import make_ready
 
 RECORDS: Final = 32
 #: Of 64 bits, as all are.
@@ -118,9 +119,9 @@ def validate_kernel(arguments, verdicts, count):  # type: ignore[no-untyped-def]
 
 
 def compile_all() -> None:
-    """Compiles them for the current device, so that the first calls do not have to wait for it. Launches nothing."""
+    """Has them ready on the current device, so that the first calls do not have to wait for it. Launches nothing."""
     for kernel, addresses in ((mark_kernel, 2), (commit_kernel, 3), (validate_kernel, 2)):
-        kernel.warmup(*[_SOME_ADDRESS] * addresses, 1, grid=(1,), num_warps=1)
+        make_ready(kernel, *[_SOME_ADDRESS] * addresses, 1, num_warps=1)
 
 
 def mark(arguments: torch.Tensor, marked: torch.Tensor, count: int) -> None:

@@ -167,12 +167,19 @@ def word_and_alignment(table: PlaneTable, payload_alignment: int) -> tuple[tl.dt
     return WORDS[alignment], alignment
 
 
+def make_ready(kernel: Any, *arguments: Any, **options: Any) -> None:
+    """Compiles and loads what launches with such arguments need, so that the first one does not wait for it. Launches nothing."""
+    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    if compiled is not None:  # else under Triton's interpreter
+        compiled._init_handles()  # at the first launch it would; there, Triton 3.6 has a C compiler build what launches it
+
+
 def compile_for(table: PlaneTable) -> None:
-    """Compiles what copies of these planes need, so that the first ones do not have to wait for it. Launches nothing."""
+    """Has ready what copies of these planes need. Launches nothing."""
     one: torch.Tensor = torch.zeros((1, 1), dtype=torch.int64, device=table.rows.device)
     for kernel, wanted in ((gather_kernel, None), (gather_kernel, one[0]), (scatter_kernel, None)):
         positional, named, _ = _arguments(table, one, one[0], ALIGNMENT, wanted)
-        kernel.warmup(*positional, grid=(1,), **named)
+        make_ready(kernel, *positional, **named)
 
 
 def _launch(
