@@ -120,6 +120,30 @@ def test_set_wants_a_name_and_a_value():
     assert "is not NAME=VALUE" in vcache("config", "show", "--set", "chunk_size", status=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("server: " + "[" * 5000, "nested too deeply"),
+        ("chunk_size: 2020-13-45", "chunk_size (from {path}:1): not a plain value: month must be in 1..12"),
+        ("chunk_size: !!int abc", "chunk_size (from {path}:1): not a plain value"),
+        ("chunk_size: !!timestamp abc", "chunk_size (from {path}:1): not a plain value"),
+        ("? [a, b]\n: 1", "{path}:1: the name of a setting is a plain word"),
+        ("segment: {size: 1e400}", "segment.size = '1e400' (from {path}:1): not a whole number of bytes"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_told_in_a_line(tmp_path, text, words):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    done = vcache("config", "check", str(path), status=2)
+    assert words.format(path=path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_brackets_in_a_value_are_shown_and_no_markup():
+    odd = "/dev/shm/[/bold]:smile:[red]"
+    assert f"ipc://{odd}/server.sock" in vcache("config", "show", VCACHE_RUNTIME_DIR=odd).stdout
+
+
 # --- keys --------------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +165,10 @@ def test_keys_adds_clients_but_replaces_nothing(tmp_path):
     before = (tmp_path / "server.key_secret").read_text()
     vcache("keys", str(tmp_path), "--client", "another")
     assert (tmp_path / "server.key_secret").read_text() == before
-    assert "nothing was replaced" in vcache("keys", str(tmp_path), status=1).stderr
+    again = vcache("keys", str(tmp_path), "--client", "third", "--client", "third", "--client", "client", status=1)
+    assert "has keys of client already; nothing was replaced" in again.stderr
+    assert not list(tmp_path.glob("clients/third*"))  # all or none
+    vcache("keys", str(tmp_path), "--client", "third", "--client", "third")
 
 
 def test_keys_takes_no_path_for_a_name(tmp_path):
@@ -155,6 +182,12 @@ def test_status_says_that_no_server_answers_with_status_3(runtime_dir):
     done = vcache("status", "--timeout", "200ms", status=3)
     assert f"no metadata server answered at ipc://{runtime_dir}/server.sock" in done.stderr
     assert "vcache server" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "doctor"])
+@pytest.mark.parametrize("timeout", ["nan", "-1", "1e300", "soon"])
+def test_a_timeout_that_cannot_be_waited_for_is_a_usage_error(command, timeout):
+    assert "Invalid value for --timeout" in vcache(command, f"--timeout={timeout}", status=2).stderr
 
 
 def test_status_shows_a_running_server(server, runtime_dir):
@@ -193,6 +226,14 @@ def test_server_becomes_the_metadata_server_with_the_configuration_of_the_comman
     shown = json.loads(vcache("status", "--json", "--interval", "0", "--endpoint", endpoint, "--timeout", "30s").stdout)
     assert shown["endpoint"] == endpoint
     assert child.stop() == 0
+
+
+def test_server_keeps_what_lies_where_its_socket_should(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    done = vcache("server", "--endpoint", f"ipc://{path}", status=2)
+    assert f"server.endpoint = 'ipc://{path}': {path} is there and no socket" in done.stderr
+    assert path.read_text() == "mine"
 
 
 def test_server_beyond_the_host_without_keys_is_refused_and_told_how(runtime_dir):

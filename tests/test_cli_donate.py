@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 
 import pytest
 
 from tests.support.processes import PATIENCE_S, Child, Processes
+from tests.test_cli import vcache
 from vcache.config import VCacheConfig
 from vcache.protocol import SegmentStats
 from vcache.server_query import fetch_stats
@@ -56,12 +58,28 @@ def test_host_memory_can_stand_in_for_vram(config, server, processes):
     assert (segment.device, segment.tier) == ("cpu:0", "vram")
 
 
-def test_ctrl_c_ends_a_donor_as_cleanly(config, server, processes, runtime_dir):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_end_a_donor_as_cleanly(config, server, processes, runtime_dir, number):
     donor = start_donor(processes)
     donor.expect("donating")
-    donor.popen.send_signal(signal.SIGINT)
+    donor.popen.send_signal(number)
     assert donor.wait() == 0
     assert segment_files(runtime_dir) == []
+
+
+def test_a_donor_told_to_outlive_its_terminal_does(config, server, processes):
+    donor = processes.start(
+        ["nohup", sys.executable, "-m", "vcache.cli", "donate", "--device", "cpu:0", "--size", "8MiB"]
+    )
+    donor.expect("donating")
+    donor.popen.send_signal(signal.SIGHUP)
+    assert donor.stop() == 0
+    assert donor.expect("took 8.0 MiB of cpu:0 back")
+
+
+def test_a_label_with_brackets_is_shown_as_it_is(config, server, processes):
+    start_donor(processes, "--label", "[/rack] [1]").expect("donating")
+    assert " [/rack] [1] " in vcache("status", "--interval", "0").stdout
 
 
 def test_a_donor_started_before_the_server_joins_once_there_is_one(config, processes):
@@ -100,6 +118,9 @@ def test_what_a_killed_donor_leaves_is_removed_by_the_next_one_on_the_host(start
         (("--size", "8G"), 2, "8GiB"),
         (("--tier", "hbm"), 2, "segment.tier = 'hbm' (from argument)"),
         (("--device", "gpu0"), 2, "is no device; use cuda:0"),
+        (("--device", "cpu:\N{ARABIC-INDIC DIGIT THREE}"), 2, "is no device; use cuda:0"),
+        (("--label", "a\nb"), 2, "printable characters"),
+        (("--label", "x" * 65), 2, "at most 64 printable"),
         (("--device", "cuda:99"), 1, "cuda:99"),
     ],
 )

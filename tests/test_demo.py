@@ -66,7 +66,7 @@ def test_with_one_device_and_without_mooncake_it_is_the_same_story(processes: Pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_demo_leaves_nothing_behind(processes: Processes, number: signal.Signals) -> None:
     # Where these tests run in the background, SIGINT is ignored, and children inherit that.
     code = (
@@ -148,6 +148,12 @@ def test_the_demo_passes_only_when_all_is_identical_and_was_loaded_whole_from_wh
     shown = Console(width=100, record=True, file=io.StringIO())
     Display(shown).report(report)
     assert ("not" in shown.export_text()) is not passed
+
+
+def test_what_others_printed_is_quoted_as_it_is() -> None:
+    shown = Console(width=100, record=True, file=io.StringIO())
+    Display(shown).quote("[rank0] cannot read [/mnt/model]")
+    assert shown.export_text() == "[rank0] cannot read [/mnt/model]\n"
 
 
 def test_a_text_is_the_same_ids_everywhere() -> None:

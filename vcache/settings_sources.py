@@ -146,6 +146,9 @@ class FileSource(Source):
         except yaml.YAMLError as error:
             self.problems.append(f"{path}: not valid YAML: {error}")
             return
+        except RecursionError:
+            self.problems.append(f"{path}: nested too deeply for settings, which have a few levels")
+            return
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
@@ -156,8 +159,11 @@ class FileSource(Source):
     def _walk_nodes(self, tree: yaml.MappingNode, prefix: str, path: Path) -> None:
         seen: dict[str, str] = {}
         for key, node in tree.value:
-            name = f"{prefix}{key.value}"
             origin = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                self.problems.append(f"{origin}: the name of a setting is a plain word, not a list or a mapping")
+                continue
+            name = f"{prefix}{key.value}"
             if name in seen:
                 self.problems.append(f"{name} (from {origin}): already set in {seen[name]}; keep one of the two")
                 continue
@@ -167,7 +173,13 @@ class FileSource(Source):
                 continue
             try:
                 value = yaml.constructor.SafeConstructor().construct_document(node)
-            except yaml.YAMLError as error:
+            except (
+                yaml.YAMLError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:  # tags of YAML's own
                 self.problems.append(f"{name} (from {origin}): not a plain value: {error}")
             else:
                 self._walk({key.value: value}, prefix, origin)

@@ -46,7 +46,7 @@ def parse_size(value: object) -> int:
     if scale is None:
         raise ValueError(f"{unit!r} is not a unit of size; {hint}")
     nbytes = int(number) * scale if number.isdigit() else float(number) * scale
-    if nbytes != int(nbytes):
+    if nbytes == math.inf or nbytes != int(nbytes):
         raise ValueError(f"not a whole number of bytes; {hint}")
     return int(nbytes)
 

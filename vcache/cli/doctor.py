@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.cli.options import ConfigFile, Settings, duration, load_config
 
 if TYPE_CHECKING:
     from vcache.doctor import Finding
@@ -21,12 +21,13 @@ def doctor(
     config_file: ConfigFile = None,
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for each answer.")] = 3.0,
+    timeout: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait for each answer.")] = "3s",
 ) -> None:
     """Examine this machine, the pool and the store; what to do where something does not work. Exit status 1 if so."""
     from vcache.doctor import State, examine
 
-    findings = list(examine(load_config(config_file, settings), timeout_s=timeout))
+    timeout_s = duration(timeout, "--timeout")
+    findings = list(examine(load_config(config_file, settings), timeout_s=timeout_s))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -37,6 +38,7 @@ def doctor(
 
 def _print(findings: list[Finding]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from vcache.cli.options import table_console
 
@@ -46,7 +48,7 @@ def _print(findings: list[Finding]) -> None:
     table.add_column("found", overflow="fold")
     for finding in findings:
         style = _STYLES[finding.state]
-        table.add_row(f"[{style}]{finding.state}[/]", finding.about, finding.detail)
+        table.add_row(Text(finding.state, style), finding.about, finding.detail)
         if finding.fix:
-            table.add_row("", "", f"[{style}]→ {finding.fix}[/]")
+            table.add_row("", "", Text(f"→ {finding.fix}", style))
     table_console().print(table, highlight=False)

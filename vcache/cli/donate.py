@@ -11,13 +11,14 @@ from typing import Annotated, Final
 
 import typer
 
-from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.cli.options import ConfigFile, Settings, ending_signals, load_config
 
 logger = logging.getLogger(__name__)
 
 #: How long readers of the segment are waited for at the end.
 CLOSE_TIMEOUT_S: Final = 10.0
-_DEVICE: Final = re.compile(r"(cpu|cuda):\d+")
+MAX_LABEL: Final = 64
+_DEVICE: Final = re.compile(r"(cpu|cuda):[0-9]+")
 
 
 def donate(
@@ -30,7 +31,7 @@ def donate(
     config_file: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
-    """Give a segment of a device's memory to the pool until told to end (SIGTERM or Ctrl-C)."""
+    """Give a segment of a device's memory to the pool until told to end (SIGTERM, Ctrl-C, or its terminal is closed)."""
     from vcache import log
     from vcache.memory.allocation import allocate
     from vcache.pool.client import PoolClient
@@ -41,8 +42,10 @@ def donate(
 
     if not _DEVICE.fullmatch(device):
         raise typer.BadParameter(f"{device!r} is no device; use cuda:0, cuda:1, ... or cpu:0", param_hint="--device")
+    if len(label) > MAX_LABEL or not label.isprintable():
+        raise typer.BadParameter(f"at most {MAX_LABEL} printable characters, not {label!r}", param_hint="--label")
     told_to_end = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, lambda *_: told_to_end.set())
     config = load_config(config_file, settings, segment__size=size, segment__tier=tier)
     log.configure(config.log_level, f"donor {device}")
@@ -74,7 +77,10 @@ def donate(
         while not told_to_end.wait(1.0):  # a signal that another thread takes does not interrupt a wait of this one
             pass
         if not donor.close(CLOSE_TIMEOUT_S):
-            logger.warning("the segment was still in use after %g s; its readers will see misses", CLOSE_TIMEOUT_S)
+            logger.warning(
+                "the server did not confirm within %g s that nobody reads the segment; who does will see misses",
+                CLOSE_TIMEOUT_S,
+            )
     finally:
         donor.close(0.0)
         client.close()

@@ -20,10 +20,18 @@ def keys(
 
     directory = directory.absolute()
     clients = directory / "clients"
-    names = client or ["client"]
+    names = list(dict.fromkeys(client or ["client"]))
     for name in names:
         if not name.replace("-", "").replace("_", "").isalnum():
             raise typer.BadParameter(f"{name!r}: letters, digits, - and _ only", param_hint="--client")
+    there = [name for name in names if (clients / f"{name}.key").exists() or (clients / f"{name}.key_secret").exists()]
+    if there:
+        typer.echo(
+            f"vcache keys: {clients} has keys of {', '.join(there)} already; nothing was replaced. Name other clients by "
+            "--client, or delete those files first",
+            err=True,
+        )
+        raise typer.Exit(1)
     try:
         if not (directory / "server.key_secret").exists():
             create_key_files(directory, "server")

@@ -4,39 +4,56 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+
+from vcache.cli.options import ending_signals, load_config
+
+if TYPE_CHECKING:
+    from vcache.store_config import MooncakeConfig
 
 app = typer.Typer(help="Run a Mooncake store to try out, or give memory to one.", no_args_is_help=True)
 
 LOOPBACK = "127.0.0.1"
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory to give, such as 8GiB.")]
+PORTS: Final[dict[str, Any]] = {"min": 1, "max": 65_535}
+_PR_SET_PDEATHSIG: Final = 1
 
 
 @app.command()
 def start(
-    port: Annotated[int, typer.Option(help="Port of the master, on the loopback interface.")] = 50051,
-    metrics_port: Annotated[int, typer.Option(help="Port of its metrics, on the loopback interface.")] = 9003,
+    port: Annotated[int, typer.Option(**PORTS, help="Port of the master, on the loopback interface.")] = 50051,
+    metrics_port: Annotated[int, typer.Option(**PORTS, help="Port of its metrics, on the loopback interface.")] = 9003,
     memory: Memory = "1GiB",
 ) -> None:
-    """Run a Mooncake master and one owner of memory on this host until told to end (SIGTERM or Ctrl-C)."""
+    """Run a Mooncake master and one owner of memory here until told to end (SIGTERM, Ctrl-C, or its terminal is closed)."""
+    import ctypes
     import signal
     import subprocess
 
     from vcache.store.mooncake_command import master_command, mooncake_environment
-    from vcache.units import parse_size
 
     master = f"{LOOPBACK}:{port}"
-    nbytes = parse_size(memory)
-    owner = [sys.executable, "-m", "vcache.store.mooncake_owner", master, str(nbytes), LOOPBACK, "P2PHANDSHAKE", "tcp"]
-    ending = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+    commands = (
+        master_command(host=LOOPBACK, port=port, metrics_port=metrics_port),
+        _owner(_checked(memory, master=master, metadata="P2PHANDSHAKE", protocol="tcp", devices=""), LOOPBACK),
+    )
+    ending = {*ending_signals(), signal.SIGCHLD}
     signal.pthread_sigmask(
         signal.SIG_BLOCK, ending
     )  # from here on they are waited for; the owner takes the mask off again
     environment = mooncake_environment(LOOPBACK)
-    commands = (master_command(host=LOOPBACK, port=port, metrics_port=metrics_port), owner)
-    first, second = (subprocess.Popen(command, env=environment, start_new_session=True) for command in commands)
+    libc = ctypes.CDLL(None)
+    first, second = (
+        subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509 - a bare system call
+        )
+        for command in commands
+    )
     try:
         print(f"Mooncake at {master}: use it with VCACHE_STORE__MOONCAKE__MASTER={master}", flush=True)
         ended = signal.sigwait(ending) is signal.SIGCHLD
@@ -66,20 +83,28 @@ def give(
 ) -> None:
     """Give memory of this host to a Mooncake store until told to end (SIGTERM or Ctrl-C)."""
     from vcache.store.mooncake_command import address_towards, mooncake_environment, require_mooncake
-    from vcache.units import parse_size
 
     require_mooncake()
+    settings = _checked(memory, master=master, metadata=metadata, protocol=protocol, devices=devices)
     host = hostname or address_towards(master)
-    command = [
-        sys.executable,
-        "-m",
-        "vcache.store.mooncake_owner",
-        master,
-        str(parse_size(memory)),
-        host,
-        metadata,
-        protocol,
-    ]
-    command += [devices] if devices else []
+    command = _owner(settings, host)
+    print(f"joining {master}; a line beginning with `ready` follows", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execve(command[0], command, mooncake_environment(host))
+
+
+def _checked(memory: str, **arguments: str) -> MooncakeConfig:
+    """The arguments as settings, which say why one cannot work. Raises ``ConfigError``."""
+    arguments["segment_size"] = memory
+    chosen: dict[str, Any] = {f"store__mooncake__{name}": value for name, value in arguments.items()}
+    settings = load_config(None, store__kind="mooncake", **chosen).store.mooncake
+    if not settings.segment_size:
+        raise typer.BadParameter(f"{memory!r}: nothing to give; write a size such as 8GiB", param_hint="--memory")
+    return settings
+
+
+def _owner(settings: MooncakeConfig, host: str) -> list[str]:
+    """The command of a process that gives memory to the store, and does nothing else."""
+    how = [settings.metadata, settings.protocol, *filter(None, [settings.devices])]
+    module = "vcache.store.mooncake_owner"
+    return [sys.executable, "-m", module, settings.master, str(settings.segment_size), host, *how]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Wider than any table of ours; lines end where their text does.
 PIPE_WIDTH = 1000
+#: The longest that an option may ask to wait, as for settings.
+MAX_SECONDS = 86_400.0
 
 ConfigFile = Annotated[
     Path | None,
@@ -49,9 +52,31 @@ def _split(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """What tells a command to end; a closed terminal among it, unless the command was told to outlive that (nohup)."""
+    stays = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if stays else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def duration(text: str, option: str) -> float:
+    """Seconds of an option's value. Raises ``BadParameter``."""
+    from vcache.units import format_duration, parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint=option) from error
+    if seconds > MAX_SECONDS:
+        raise typer.BadParameter(f"{text!r}: at most {format_duration(MAX_SECONDS)} (a day)", param_hint=option)
+    return seconds
+
+
 def table_console() -> Console:
-    """Where tables are printed: as wide as a terminal, or, for a pipe or a file, so wide that no value is broken."""
+    """Where tables are printed: as wide as a terminal, or, for a pipe or a file, so wide that no value is broken.
+
+    What is printed is text, not markup: a label or a path may hold brackets.
+    """
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal else Console(markup=False, emoji=False, width=PIPE_WIDTH)

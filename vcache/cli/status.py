@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.cli.options import ConfigFile, Settings, duration, load_config
 from vcache.errors import UnavailableError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def status(
     from vcache.server_query import fetch_stats
 
     config = load_config(config_file, settings, server__endpoint=endpoint)
-    interval_s, timeout_s = _duration(interval, "--interval"), _duration(timeout, "--timeout")
+    interval_s, timeout_s = duration(interval, "--interval"), duration(timeout, "--timeout")
     try:
         second = first = fetch_stats(config, timeout_s=timeout_s)
         if interval_s:
@@ -55,15 +55,6 @@ def rates_between(first: ServerStats, second: ServerStats) -> dict[str, float]:
     return {name: (value - first.counters.get(name, 0)) / elapsed for name, value in second.counters.items()}
 
 
-def _duration(text: str, option: str) -> float:
-    from vcache.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: {error}", param_hint=option) from error
-
-
 def _plain(stats: ServerStats) -> dict[str, Any]:
     import msgspec
 
@@ -73,13 +64,14 @@ def _plain(stats: ServerStats) -> dict[str, Any]:
 
 def _print(endpoint: str, stats: ServerStats, rates: dict[str, float]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from vcache.cli.options import table_console
     from vcache.units import approximate_size
 
     console = table_console()
     console.print(
-        f"metadata server at [bold]{endpoint}[/], term {stats.term}, up {stats.uptime_s:.0f} s", highlight=False
+        Text.assemble("metadata server at ", (endpoint, "bold"), f", term {stats.term}, up {stats.uptime_s:.0f} s")
     )
     console.print(
         f"{stats.entries} entries, {stats.leases} leases, {stats.reservations} reservations, {stats.pins} pins, "

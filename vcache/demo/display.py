@@ -42,6 +42,10 @@ class Display:
         """A line beside the steps."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
+    def quote(self, text: str) -> None:
+        """What others printed, as it is: brackets in it are no markup."""
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
     def report(self, report: DemoReport) -> None:
         """The figures of every engine, and the verdict."""
         self._console.print(_engines(report))

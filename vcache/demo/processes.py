@@ -37,7 +37,7 @@ _PREFIX: Final = "vcache-demo-"
 #: In a demo's directory, held (flock) for as long as the demo lives.
 _LOCK: Final = "lock"
 _PR_SET_PDEATHSIG: Final = 1
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _libc: Final = ctypes.CDLL(None)
 
 
@@ -239,7 +239,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Lets a SIGTERM unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
+    """Lets SIGTERM and a closed terminal unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -247,8 +247,12 @@ def termination_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    told = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        told.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in told}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -46,7 +46,7 @@ def run_demo(
         else:
             report = run_plain(stage, display, devices, tokens)
         if not report.passed:
-            display.note(stage.logs())
+            display.quote(stage.logs())
     display.report(report)
     if json_file is not None:
         write_json(json_file, report)
