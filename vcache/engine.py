@@ -383,7 +383,7 @@ class VCacheEngine:
 
         Half of the time left after the calls is for the writes. Afterwards the engine is an empty cache. Twice is harmless.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + checked_seconds("timeout_s", timeout_s)
         if not self._cache.close(timeout_s):
             return
         with self._closing:

@@ -224,6 +224,14 @@ def test_a_configuration_that_contradicts_the_model_is_refused(runtime_dir):
         VCacheEngine(VCacheConfig(chunk_size=512), model=model_of())
 
 
+@pytest.mark.parametrize("timeout_s", ["soon", -1, float("nan"), None])
+def test_a_wait_that_is_no_time_ends_nothing(engine, timeout_s):
+    for call in (engine.flush, engine.close):
+        with pytest.raises(ValueError, match="^timeout_s must be seconds from 0"):
+            call(timeout_s)
+    engine.store(TOKENS, slot_mapping=SLOTS)
+
+
 def test_a_scheduler_moves_no_chunks(runtime_dir):
     config = VCacheConfig(client={"connect_timeout": "10ms"})
     with VCacheEngine(config, model=model_of(), role="scheduler") as engine:
