@@ -17,9 +17,11 @@ export VCACHE_RUNTIME_DIR LMCACHE_TRACK_USAGE=false LMCACHE_DISABLE_BANNER=1 LMC
 # So that a busy machine is not taken for a server that is away.
 export VCACHE_CLIENT__CALL_TIMEOUT=20s VCACHE_CLIENT__CONNECT_TIMEOUT=30s VCACHE_SERVER__LIVENESS_TIMEOUT=60s
 PIDS=()
-finish() {
-    [[ ${#PIDS[@]} -eq 0 ]] || kill "${PIDS[@]}" 2>/dev/null || true
-    wait
+finish() { # last started first: a donor takes its leave of the server
+    for ((i = ${#PIDS[@]} - 1; i >= 0; i--)); do
+        kill "${PIDS[i]}" 2>/dev/null || true
+        wait "${PIDS[i]}" || true
+    done
     rm -rf "$WORK" "$VCACHE_RUNTIME_DIR"
 }
 trap finish EXIT
