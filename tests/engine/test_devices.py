@@ -36,6 +36,21 @@ def test_stored_from_planes_into_a_segment_and_back(start_server, start_donor, o
     assert (stats["stored"], stats["hits"], stats["failures"]) == (4, 4, 0)
 
 
+@pytest.mark.parametrize("planes", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_host_memory_of_its_own_process_is_stored_into_and_loaded_from(start_server, open_engine, planes):
+    config, _ = start_server(segment={"tier": "dram"})
+    tensors, loaded = new_tensors(NUM_BLOCKS, device=planes), new_tensors(NUM_BLOCKS, device=planes)
+    fill(tensors, TOKENS, HERE)
+    engine = open_engine(config, kv_caches=tensors, donate="2MiB")
+    engine.store(TOKENS, slot_mapping=slots_of(HERE))
+    mask = engine.retrieve(TOKENS, kvcaches=loaded, slot_mapping=slots_of(THERE))
+    assert mask.tolist() == [True] * 32
+    assert wrong_blocks(loaded, TOKENS, THERE, mask.tolist()) == []
+    stats = engine.get_stats()
+    assert (stats["stored"], stats["failures"], stats["client_unpinned_grants"]) == (4, 0, 0)
+    assert stats["dram_written_bytes"] > 0
+
+
 @CUDA
 @pytest.mark.parametrize("segment", ["cpu:0", "cuda:0"])
 def test_a_store_leaves_the_device_at_what_it_computes(start_server, start_donor, open_engine, segment):
