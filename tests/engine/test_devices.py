@@ -54,7 +54,8 @@ def test_host_memory_of_its_own_process_is_stored_into_and_loaded_from(start_ser
 @CUDA
 @pytest.mark.parametrize("segment", ["cpu:0", "cuda:0"])
 def test_a_store_leaves_the_device_at_what_it_computes(start_server, start_donor, open_engine, segment):
-    config, _ = start_server(promotion={"policy": "never"})
+    # Its other calls wait for the store as long as for the server: longer than the device is kept busy.
+    config, _ = start_server(promotion={"policy": "never"}, client={"call_timeout": "20s"})
     start_donor(config, device=segment)
     tensors, loaded = new_tensors(NUM_BLOCKS, device="cuda"), new_tensors(NUM_BLOCKS, device="cuda")
     fill(tensors, TOKENS, HERE)
