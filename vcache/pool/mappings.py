@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from vcache.errors import UnavailableError, VCacheError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
+from vcache.memory.copying import aside
 from vcache.memory.host import HostMemory
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.pool.segment import Segment
@@ -244,7 +245,8 @@ class Mappings:
             self._failures.record(f"map segment of {info.device}", error)
             return None
         try:
-            segment = Segment.open(memory, info.segment_id, info.incarnation)
+            with aside(memory):  # whoever maps it does not wait for what this thread has a GPU compute
+                segment = Segment.open(memory, info.segment_id, info.incarnation)
         except VCacheError as error:
             memory.close()
             self._failures.record(f"map segment of {info.device}", error)
