@@ -74,12 +74,18 @@ def test_a_skipped_test_has_not_passed(tmp_path, monkeypatch):
     assert took.passed and took.detail.endswith(f"s, at most {STEPS['tests']}")
 
 
-def test_a_file_whose_process_does_not_end_well_has_failed_though_its_tests_passed(tmp_path):
+def test_a_test_that_failed_says_why_and_a_process_that_ends_badly_has_failed_though_its_tests_passed(tmp_path):
     test = tmp_path / "test_that_ends_badly.py"
-    test.write_text("import atexit, os\ndef test_fine():\n    atexit.register(os._exit, 11)\n")
+    test.write_text(
+        "import atexit, os\ndef test_fine():\n    atexit.register(os._exit, 11)\n"
+        "def test_bad():\n    assert [1, 2] == [3, 4], 'they\\ndiffer'\n"
+    )
     check = Check(tmp_path, Found({}), quick=True)
     check._deadline = time.monotonic() + PATIENCE_S
-    fine, whole = check._tests_of(["-p", "no:cacheprovider"], str(test))
+    fine, bad = check._tests_of(["-p", "no:cacheprovider"], str(test))
+    assert fine.passed and not bad.passed
+    assert bad.detail.startswith("AssertionError: they differ assert [1, 2] == [3, 4]"), "on one line"
+    fine, whole = check._tests_of(["-p", "no:cacheprovider", "-k", "fine"], str(test))
     assert fine.passed
     assert not whole.passed and whole.case == str(test) and whole.detail.startswith("status 11: ")
 

@@ -151,7 +151,8 @@ class Check:
         with contextlib.suppress(FileNotFoundError, ET.ParseError):  # it did not come to write it, or to its end
             for case in ET.parse(report).iter("testcase"):
                 bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
-                detail = str(bad[0].get("message"))[:200] if bad else f"{float(case.get('time', 0)):.1f} s"
+                message = " ".join(str(bad[0].get("message")).split())[:200] if bad else ""  # on one line
+                detail = message or f"{float(case.get('time', 0)):.1f} s"
                 rows.append(Row("tests", f"{Path(file).stem}: {case.get('name')}", not bad, detail))
         if not rows or (done.status and all(row.passed for row in rows)):  # a fault of its process, or too long
             rows.append(Row("tests", file, passed=False, detail=f"status {done.status}: {done.last_line}"))
