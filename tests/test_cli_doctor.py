@@ -101,6 +101,43 @@ def test_a_driver_that_shows_no_files_is_a_problem_if_there_is_a_gpu_that_torch_
     assert (finding.about, finding.state) == expected
 
 
+@pytest.mark.parametrize(("seen", "state"), [(1, State.NOTE), (0, State.PROBLEM)])
+@pytest.mark.parametrize(
+    ("chosen", "why"), [("0", "CUDA_VISIBLE_DEVICES is '0'"), (None, "the container or the driver")]
+)
+def test_gpus_that_the_driver_has_and_this_process_does_not_see_are_told(
+    tmp_path, monkeypatch, seen, state, chosen, why
+):
+    cuda = SimpleNamespace(is_available=lambda: seen > 0, device_count=lambda: seen)
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path)
+    (tmp_path / "version").write_text("NVRM version: some driver\nGCC version: some compiler\n")
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "gpus" / address).mkdir(parents=True)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    if chosen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    driver, hidden, mps = gpus._visible(SimpleNamespace(cuda=cuda))
+    assert driver.detail == "NVRM version: some driver"
+    assert (hidden.about, hidden.state) == ("hidden GPUs", state)
+    assert f"the driver has 2, this process sees {seen}: {why}" in hidden.detail
+    assert mps.state is State.NOTE and "a fault of one of its clients ends all of them" in mps.detail
+
+
+@pytest.mark.parametrize(("name", "state"), [("NVIDIA H100", State.OK), ("NVIDIA H100 MIG 1g.10gb", State.NOTE)])
+def test_a_gpu_is_told_with_what_is_free_and_what_a_process_takes(name, state):
+    cuda = SimpleNamespace(
+        get_device_name=lambda ordinal: name,
+        mem_get_info=lambda ordinal: (3 << 30, 8 << 30),
+        get_device_properties=lambda ordinal: SimpleNamespace(uuid="its-uuid"),
+    )
+    found = gpus._device(SimpleNamespace(cuda=cuda), 0)
+    assert (found.about, found.state) == ("cuda:0", state)
+    assert f"{name}, its-uuid: 3.0 GiB of 8.0 GiB are free; each process that uses it takes about" in found.detail
+    assert ("MIG instance" in found.fix) == (state is State.NOTE)
+
+
 @pytest.mark.cuda
 def test_a_gpu_is_shared_between_processes(config):
     found = {finding.about: finding for finding in gpus.examine(config, timeout_s=60)}
