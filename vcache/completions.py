@@ -52,5 +52,8 @@ class Completions:
         self._threads.shutdown(wait=False)
 
     def _complete(self, pending: PendingStore) -> None:
-        with aside_on(self._device):
-            pending.complete()
+        try:
+            with aside_on(self._device):
+                pending.complete()
+        finally:
+            pending.complete()  # where the device has no stream to give any more; else it is harmless

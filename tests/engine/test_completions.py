@@ -11,6 +11,7 @@ from tests.engine.conftest import NUM_BLOCKS, eventually
 from tests.engine.kv import CHUNK, fill, new_tensors, slots_of, wrong_blocks
 from vcache.completions import Completions
 from vcache.engine import VCacheEngine
+from vcache.errors import UnavailableError
 from vcache.pool.writing import PendingWrite
 
 HERE, THERE = list(range(8)), [20, 19, 40, 41, 5, 63, 0, 30]
@@ -93,3 +94,23 @@ def test_closing_waits_for_what_was_stored(engine, open_engine, device, device_i
     eventually(lambda: other.lookup(TOKENS) == 4 * CHUNK, "the server has read of it")
     engine.store(TOKENS, slot_mapping=slots_of(HERE))
     assert engine.lookup(TOKENS) == 0, "a closed engine is an empty cache"
+
+
+def test_where_a_broken_device_has_no_stream_to_give_a_store_is_ended_all_the_same(
+    start_server, start_donor, open_engine, monkeypatch
+):
+    config, _ = start_server()
+    start_donor(config)
+    tensors = new_tensors(NUM_BLOCKS)
+    fill(tensors, TOKENS, HERE)
+    engine = open_engine(config, device="cpu:0", kv_caches=tensors)
+    engine._cache._completions = Completions(torch.device("cpu"))
+
+    def broken(device: torch.device) -> None:
+        raise UnavailableError("cuCtxPushCurrent: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr("vcache.completions.aside_on", broken)
+    engine.store(TOKENS, slot_mapping=slots_of(HERE))
+    engine.flush()
+    stats = engine.get_stats()
+    assert (stats["store_calls"], stats["server_reservations"]) == (1, 0)
