@@ -99,6 +99,15 @@ def test_a_donor_told_to_end_while_there_is_no_server_leaves_nothing(processes, 
     assert segment_files(runtime_dir) == []
 
 
+def test_a_donor_that_waits_for_a_server_can_be_told_to_end(processes, runtime_dir):
+    donor = start_donor(processes, "--set", "client.connect_timeout=1h")
+    deadline = time.monotonic() + PATIENCE_S
+    while not segment_files(runtime_dir) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert donor.stop() == 0
+    assert segment_files(runtime_dir) == []
+
+
 def test_what_a_killed_donor_leaves_is_removed_by_the_next_one_on_the_host(start_server, processes, runtime_dir):
     config, _ = start_server(server={"heartbeat_interval": "100ms", "liveness_timeout": "1s"})
     killed = start_donor(processes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import signal
 import threading
+import time
 from typing import Annotated, Final
 
 import typer
@@ -66,12 +68,13 @@ def donate(
         memory.close()
         raise
     try:
-        if not donor.wait_registered(config.client.connect_timeout):
-            logger.warning(
-                "no metadata server at %s yet; the segment joins the pool once there is one", config.endpoint
-            )
+        patience_ends = time.monotonic() + config.client.connect_timeout
         while not told_to_end.is_set() and not donor.wait_registered(1.0):
-            pass
+            if time.monotonic() >= patience_ends:
+                patience_ends = math.inf
+                logger.warning(
+                    "no metadata server at %s yet; the segment joins the pool once there is one", config.endpoint
+                )
         if donor.registered:
             typer.echo(f"donating {size_text} of {device} to {config.endpoint} as segment {segment_id.hex()}")
         while not told_to_end.wait(1.0):  # a signal that another thread takes does not interrupt a wait of this one
