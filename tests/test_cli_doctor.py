@@ -132,10 +132,15 @@ def test_a_gpu_is_told_with_what_is_free_and_what_a_process_takes(name, state):
         mem_get_info=lambda ordinal: (3 << 30, 8 << 30),
         get_device_properties=lambda ordinal: SimpleNamespace(uuid="its-uuid"),
     )
-    found = gpus._device(SimpleNamespace(cuda=cuda), 0)
+    torch = SimpleNamespace(cuda=cuda)
+    found = gpus._device(torch, 0, 1 << 30)
     assert (found.about, found.state) == ("cuda:0", state)
     assert f"{name}, its-uuid: 3.0 GiB of 8.0 GiB are free; each process that uses it takes about" in found.detail
+    assert "a donor of segment.size 1.5 GiB in all" in found.detail
     assert ("MIG instance" in found.fix) == (state is State.NOTE)
+    too_much = gpus._device(torch, 0, 3 << 30)
+    assert too_much.state is State.NOTE
+    assert ("gpu_memory_utilization" in too_much.fix) == (state is State.OK)
 
 
 @pytest.mark.cuda

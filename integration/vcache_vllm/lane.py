@@ -10,15 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Final, TypeVar
 
 import torch
 
-from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
-from vcache.memory.cuda_driver import driver, on_device
+from vcache.memory.copying import aside_on
 from vcache.transfer.threads import run_anywhere
 
 T = TypeVar("T")
@@ -31,18 +28,15 @@ class Lane:
 
     def __init__(self, name: str, device: torch.device, failures: FailureLog) -> None:
         self._name = name
+        self._device = device
         self._failures = failures
         # vLLM pins its own thread to one CPU, and a thread started from there would stay on it.
         self._threads = ThreadPoolExecutor(1, f"vcache-{name}", run_anywhere)
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._beside_captures = _beside_captures(device)
 
     def run(self, task: Callable[[], T], otherwise: T) -> Future[T]:
         """Runs ``task`` once what the caller's stream has now been given is done; its own copies are done when it ends."""
         happened: torch.cuda.Event | None = None
-        if self._stream is not None:
+        if self._device.type == "cuda":
             happened = torch.cuda.Event()  # type: ignore[no-untyped-call]
             happened.record()
         try:
@@ -66,22 +60,14 @@ class Lane:
 
     def _run(self, task: Callable[[], T], otherwise: T, happened: torch.cuda.Event | None) -> T:
         try:
-            if self._stream is None or happened is None:
+            if happened is None:
                 return task()
-            with self._beside_captures(), torch.cuda.stream(self._stream):
-                self._stream.wait_event(happened)
+            with aside_on(self._device):
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(happened)
                 result = task()
-                self._stream.synchronize()
+                stream.synchronize()
                 return result
         except Exception as error:
             self._failures.record(self._name, error)
             return otherwise
-
-
-def _beside_captures(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """What makes a task's calls harmless to a graph that the forward thread is capturing, if the driver's bindings are there."""
-    try:
-        driver()
-    except UnavailableError:
-        return contextlib.nullcontext
-    return partial(on_device, device.index)

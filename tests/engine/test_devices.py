@@ -78,6 +78,22 @@ def test_a_store_leaves_the_device_at_what_it_computes(start_server, start_donor
 
 
 @CUDA
+def test_what_an_engine_has_given_is_retired_while_its_device_computes(start_server, open_engine):
+    config, _ = start_server(client={"call_timeout": "20s"})
+    tensors = new_tensors(NUM_BLOCKS, device="cuda")
+    fill(tensors, TOKENS, HERE)
+    engine = open_engine(config, kv_caches=tensors, donate="4MiB")
+    engine.store(TOKENS, slot_mapping=slots_of(HERE))
+    assert engine.flush()
+    is_over = torch.cuda.Event()
+    with torch.cuda.stream(torch.cuda.default_stream()):  # which streams of other kinds wait for
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        is_over.record()
+    assert engine.remove_keys(engine.keys_of(TOKENS)) == 4  # the server answers once they are gone from memory
+    assert not is_over.query()
+
+
+@CUDA
 def test_a_gpu_without_memory_for_the_way_is_a_miss_and_a_store_less(
     start_server, start_donor, open_engine, monkeypatch
 ):

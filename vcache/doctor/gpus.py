@@ -56,7 +56,7 @@ def examine(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
     if not count:
         return
     for ordinal in range(count):
-        yield _device(torch, ordinal)
+        yield _device(torch, ordinal, config.segment.size)
     missing = _driver(torch)
     if missing is not None:
         yield missing
@@ -117,12 +117,14 @@ def _driver(torch: Any) -> Finding | None:
     return None
 
 
-def _device(torch: Any, ordinal: int) -> Finding:
+def _device(torch: Any, ordinal: int, segment_bytes: int) -> Finding:
+    """What it is and has free, and what of that a donor would take."""
     name = torch.cuda.get_device_name(ordinal)
     free, total = torch.cuda.mem_get_info(ordinal)
     detail = (
         f"{name}, {torch.cuda.get_device_properties(ordinal).uuid}: {approximate_size(free)} of {approximate_size(total)} are "
-        f"free; each process that uses it takes about {approximate_size(CONTEXT_BYTES)} besides its segments"
+        f"free; each process that uses it takes about {approximate_size(CONTEXT_BYTES)} besides its segments, a donor of segment.size "
+        f"{approximate_size(segment_bytes + CONTEXT_BYTES)} in all"
     )
     if "MIG" in name:
         return Finding(
@@ -131,6 +133,9 @@ def _device(torch: Any, ordinal: int) -> Finding:
             detail,
             "this is a MIG instance: processes share memory within it, not with other instances, which are other devices to CUDA",
         )
+    if free < segment_bytes + CONTEXT_BYTES:
+        fix = "to donate that much here, lower gpu_memory_utilization of the serving engine, or segment.size"
+        return Finding(f"cuda:{ordinal}", State.NOTE, detail, fix)
     return Finding(f"cuda:{ordinal}", State.OK, detail)
 
 

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from enum import Enum
 from itertools import islice
 from typing import Final
@@ -23,6 +24,7 @@ from vcache.config import VCacheConfig
 from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.memory.base import Memory, is_host
+from vcache.memory.copying import aside
 from vcache.pool.client import MAX_LABEL_CHARS, PoolClient
 from vcache.pool.demotion import Demoter
 from vcache.pool.holds import Holds
@@ -198,7 +200,8 @@ class Donor:
             self._puller.forget()
 
     def _retire(self, number: int, items: list[RetireItem]) -> None:
-        done = self.holds.retire(items)
+        with self._aside():
+            done = self.holds.retire(items)
         if done:
             self._background.request(
                 lambda id_, session, term: protocol.Retired(id_, session, term, number, done), self._on_retired
@@ -248,7 +251,8 @@ class Donor:
             self._number, self._term = reply.number, reply.term
             self._state = State.HANDING_OVER
             if self._is_ahead:  # nothing is granted yet: what is committed was granted in the incarnation before
-                self.segment.retire_committed()
+                with self._aside():
+                    self.segment.retire_committed()
             self._pages = self._records()  # only now: what commits from here on is told to this server
             self._next_page()
         elif isinstance(reply, Error) and reply.code is ErrorCode.UNKNOWN_SEGMENT:
@@ -272,7 +276,8 @@ class Donor:
                 self.segment.retire(item.record, item.generation)
 
     def _next_page(self) -> None:
-        items = list(islice(self._pages, self._page))
+        with self._aside():
+            items = list(islice(self._pages, self._page))
         self._sent = (items, len(items) < self._page)
         self._send_page()
 
@@ -325,10 +330,15 @@ class Donor:
         self._forget_orders()
         self._is_stale = not self.holds.close()
         if not self._is_stale:
-            self.segment.begin_incarnation()
+            with self._aside():
+                self.segment.begin_incarnation()
             self._is_ahead = True
             self._client.mappings.adopt(self.segment)
         return not self._is_stale
+
+    def _aside(self) -> AbstractContextManager[object]:
+        """Where the directory is read and written: heartbeats must not wait for what an engine in this process has its GPU compute."""
+        return aside(self.segment.memory)
 
     # --- the end --------------------------------------------------------------------------------------------------
 
