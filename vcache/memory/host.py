@@ -259,7 +259,8 @@ def _is_in_memory(path: Path) -> bool:
 
 def _too_little(nbytes: int, free: int, where: str) -> CapacityError:
     return CapacityError(
-        f"a segment of {nbytes} bytes was asked for, {free} bytes are free {where}; use a smaller segment.size, or make room"
+        f"a segment of {nbytes} bytes was asked for, {free} bytes are free {where}; use a smaller segment.size, or make "
+        "room (shared memory of a container: --shm-size)"
     )
 
 
