@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.contestants import end_when_told
 from benchmarks.measure import Effort, Result, run_named
 from benchmarks.report import as_markdown, show, write_json
+from vcache.ending import termination_as_interrupt
 from vcache.errors import UnavailableError
 
 #: In the order of the table: a module of this package each, with ``run(effort) -> list[Result]``.
@@ -36,6 +40,8 @@ BENCHMARKS = (
 ON_REQUEST = ("gpu",)
 #: Columns of the table where no terminal says how wide it is.
 PLAIN_WIDTH = 160
+#: What shells say of a command that Ctrl-C ended.
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = [path for path in traces if not path.is_file()]
     if absent:
         parser.error(f"no such trace: {absent[0]}")
+    for path in (options.json, options.markdown):
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            parser.error(f"{path} cannot be written")  # now, not when all is measured and would be lost
     effort = Effort.QUICK if options.quick else Effort.FULL
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     try:
-        results = _measured(names or BENCHMARKS, effort, traces)
+        with termination_as_interrupt():
+            results = _measured(names or BENCHMARKS, effort, traces)
     except UnavailableError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("vcache bench: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     show(results, console)
     if options.json:
         write_json(results, options.json)
@@ -110,8 +123,13 @@ def _measured(names: Sequence[str], effort: Effort, traces: Sequence[Path]) -> l
             progress.update(task, description=f"measuring {name} …")
             progress.console.print(f"measuring {name} …")
             begin = time.monotonic()
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                results += process.submit(run_named, name, effort, traces).result()
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_when_told) as process:
+                try:
+                    results += process.submit(run_named, name, effort, traces).result()
+                except KeyboardInterrupt:
+                    for child in active_children():
+                        child.terminate()
+                    raise
             progress.advance(task)
             progress.console.print(f"{name}: {time.monotonic() - begin:.0f} s")
         progress.update(task, description="measured")

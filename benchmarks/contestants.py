@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 #: Calls a method of the contestant by its name, and answers what it does.
@@ -48,9 +50,20 @@ def contestant(make: Callable[..., AbstractContextManager[object]], *arguments: 
         process.join()
 
 
+def end_when_told() -> None:
+    """For a process of ours that Ctrl-C reaches as it does its parent: that one ends it, in order (SIGTERM)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, end)
+
+
 def _serve(
     pipe: Connection, make: Callable[..., AbstractContextManager[object]], arguments: tuple[object, ...]
 ) -> None:
+    end_when_told()
     try:
         with make(*arguments) as acts:
             pipe.send((None, True))

@@ -102,6 +102,11 @@ def test_figures_that_cannot_be_written_are_refused_before_anything_starts(tmp_p
 
 
 @pytest.mark.slow
+def test_a_text_is_refused_where_no_engine_would_read_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--prompt = .*leave out --no-llm"):
+        run_demo(llm=False, prompt=tmp_path / "text")
+
+
 def test_what_a_child_printed_is_shown_when_it_fails(processes: Processes, tmp_path: Path) -> None:
     demo = processes.python("-m", "vcache.cli", "demo", "--no-llm", "--tokens", str(1 << 26))  # 8 TiB
     assert demo.wait(PATIENCE_S) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from vcache.config import VCacheConfig
-from vcache.errors import UnavailableError
+from vcache.errors import ConfigError, UnavailableError
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir, lock_file
 
 log = logging.getLogger(__name__)
@@ -25,12 +25,18 @@ _MAX_TERM: Final = 1 << 42  # milliseconds: the year 2109
 class EndpointLock:
     """Held while this process serves ``config.endpoint``. ``term`` is this life's, already written down.
 
-    Raises ``UnavailableError`` when another server holds the endpoint, or its directory cannot be used.
+    Raises ``UnavailableError`` when another server holds the endpoint, or its directory cannot be used; ``ConfigError`` where
+    something else than a socket lies: binding would remove it.
     """
 
     def __init__(self, config: VCacheConfig) -> None:
         self.socket_path = _socket_path(config.endpoint)
         if self.socket_path is not None:
+            if self.socket_path.exists() and not self.socket_path.is_socket():
+                raise ConfigError(
+                    f"server.endpoint = {config.endpoint!r}: {self.socket_path} is there and no socket; use another path, or "
+                    "remove it"
+                )
             RuntimeDir(self.socket_path.parent)
             path = self.socket_path.with_name(self.socket_path.name + ".lock")
         else:
@@ -57,7 +63,7 @@ class EndpointLock:
 
     def close(self) -> None:
         """Removes the socket, which only the holder of the lock may do, and gives up the endpoint."""
-        if self.socket_path is not None:
+        if self.socket_path is not None and self.socket_path.is_socket():
             self.socket_path.unlink(missing_ok=True)
         self._held.close()
 

@@ -24,6 +24,7 @@ import zmq.auth.thread
 from vcache import protocol
 from vcache.config import VCacheConfig
 from vcache.curve import authorized_clients, secure_server
+from vcache.ending import ending_signals
 from vcache.errors import ConfigError, UnavailableError
 from vcache.log import log_once_per
 from vcache.pool.runtime_dir import RuntimeDir
@@ -170,7 +171,7 @@ class Server:
     # --- serving --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serves until SIGTERM, SIGINT or ``stop``."""
+        """Serves until a signal to end, or ``stop``."""
         log.info("serves %s, term %d", self._config.endpoint, self.service.term)
         service = self.service
         next_tick = judged_from = before = time.monotonic()
@@ -268,12 +269,12 @@ class Server:
 
 @contextmanager
 def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call ``stop``."""
+    """What tells this process to end calls ``stop``."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         stop()
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number in ending_signals()}
     try:
         yield
     finally:

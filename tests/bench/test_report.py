@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.measure import Bar, Better, Result, compare, judge
 from benchmarks.plots import draw
 from benchmarks.report import as_markdown, write_json
+from tests.pool.payloads import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIGURES = {"copy_": [10.0, 10.0, 10.0], "VCache": [9.2, 9.2, 9.1], "peer": [2.0, 2.0, 2.0]}
@@ -67,6 +70,7 @@ def test_a_plot_is_drawn_for_each_benchmark(tmp_path):
         (["nonsense"], "unknown benchmark 'nonsense'"),
         (["pool", "some.jsonl"], "unknown benchmark 'some.jsonl'"),
         (["replay", "absent.jsonl"], "no such trace: absent.jsonl"),
+        (["copies", "--json", "/absent/bench.json"], "/absent/bench.json cannot be written"),
         (["--trace", "absent.jsonl"], "no such trace"),
     ],
 )
@@ -87,3 +91,24 @@ def test_one_benchmark_runs_from_the_command_line_and_writes_all_it_is_asked_for
     rows = json.loads((tmp_path / "b.json").read_text())["results"]
     assert [row["median"] for row in rows if row["contestant"] == "infinite cache"] == [pytest.approx(40)] * 2
     assert "replay: hit rate" in (tmp_path / "b.md").read_text()
+
+
+def commands_below(pid: int) -> list[str]:
+    """The command lines of a process's descendants."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        commands = [Path(f"/proc/{child}/cmdline").read_text() for child in children]
+        return commands + [command for child in children for command in commands_below(int(child))]
+    return []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_leaves_nothing(processes, number):
+    """No process and no shared memory: the fixtures see to it."""
+    bench = processes.python("-m", "benchmarks", "server", "--quick")
+    until(
+        lambda: any("vram_metadata_server" in command for command in commands_below(bench.pid)), "it measures a server"
+    )
+    bench.popen.send_signal(number)
+    assert bench.wait() == 128 + signal.SIGINT
+    assert "vcache bench: interrupted" in bench.report()

@@ -86,6 +86,22 @@ def test_closing_does_not_wait_longer_than_it_was_told(pool, open_client):
     assert read.complete() == 0
 
 
+def test_closing_does_not_wait_for_a_server_that_died(pool, open_client):
+    config, server, _, donor = pool
+    client = open_client(asking(config))
+    keys = new_keys(1)
+    assert store(client, keys) == 1
+    read = begin_read(client, keys, 0)
+    closing = threading.Thread(target=donor.close, args=(3600.0,))
+    closing.start()
+    until(lambda: client.lookup(keys[0]).hits == 0, "it drains")
+    server.kill()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert donor.state is State.CLOSED
+    assert read.complete() == 0
+
+
 def test_a_donor_in_the_process_that_uses_it_is_not_freed_under_its_user(quick, open_client, open_donor):
     config, _ = quick
     client = open_client(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket as sockets
 import stat
 import subprocess
@@ -149,6 +150,14 @@ def test_a_client_that_never_reads_holds_nobody_up(start_server: StartServer) ->
                 deaf.tell(protocol.Stats)
             dropped = other.stats().counters["dropped_replies"]
         assert other.call(protocol.Lookup, key(1), 0.0).hits == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_ends_in_order_whatever_tells_it_to(server: Child, dealer: Dealer, runtime_dir: Path, number: int) -> None:
+    dealer.hello()
+    server.popen.send_signal(number)
+    assert server.wait() == 0
+    assert sorted(path.name for path in runtime_dir.iterdir() if path.name != "sweep.lock") == ["server.sock.lock"]
 
 
 def test_a_flood_starves_nobody_and_hides_no_silence(start_server: StartServer, processes: Processes) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Final
 
 import typer
 
-from vcache.cli.options import ConfigFile, Settings, ending_signals, load_config
+from vcache.cli.options import ConfigFile, Settings, load_config
+from vcache.ending import ending_signals
 
 logger = logging.getLogger(__name__)
 

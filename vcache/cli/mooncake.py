@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from vcache.cli.options import ending_signals, load_config
+from vcache.cli.options import load_config
+from vcache.ending import ending_signals
 
 if TYPE_CHECKING:
     from vcache.store_config import MooncakeConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,12 +49,6 @@ def _split(text: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise typer.BadParameter(f"{text!r} is not NAME=VALUE, such as chunk_size=512", param_hint="--set")
     return name.strip(), value.strip()
-
-
-def ending_signals() -> tuple[signal.Signals, ...]:
-    """What tells a command to end; a closed terminal among it, unless the command was told to outlive that (nohup)."""
-    stays = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGTERM, signal.SIGINT) if stays else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def duration(text: str, option: str) -> float:

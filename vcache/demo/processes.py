@@ -16,13 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, Self
 
 import msgspec
@@ -235,24 +232,3 @@ def _remove_abandoned(parent: Path) -> None:
             if free is not None:
                 shutil.rmtree(lock.parent, ignore_errors=True)
                 free.close()
-
-
-@contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM and a closed terminal unwind the stack as Ctrl-C does, so that the clean-up runs. Only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    told = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        told.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in told}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -13,8 +13,9 @@ from vcache.demo.display import Display
 from vcache.demo.figures import DemoReport
 from vcache.demo.llm import run_llm
 from vcache.demo.plain import run_plain
-from vcache.demo.processes import Stage, termination_as_interrupt
+from vcache.demo.processes import Stage
 from vcache.demo.prompt import read_prompt
+from vcache.ending import termination_as_interrupt
 from vcache.errors import ConfigError
 
 DEFAULT_PLAIN_TOKENS = 2048
@@ -36,6 +37,10 @@ def run_demo(
     Raises ``ConfigError`` for arguments that cannot work and ``ChildFailed`` when a process did not do its part. Leaves no
     process, shared memory or file behind, not even when interrupted.
     """
+    if prompt is not None and not llm:
+        raise ConfigError(
+            f"--prompt = {prompt}: a text is for engines; leave out --no-llm, or say how many --tokens to move"
+        )
     if json_file is not None:
         _check_writable(json_file)
     display = Display(console or Console())

@@ -113,7 +113,7 @@ def _driver(torch: Any) -> Finding | None:
         driver()
     except UnavailableError as error:
         wanted = torch.version.cuda.partition(".")[0]
-        return Finding("CUDA bindings", State.PROBLEM, str(error), f"pip install vcache[cuda{wanted}]")
+        return Finding("CUDA bindings", State.PROBLEM, str(error), f"pip install '.[cuda{wanted}]'")
     return None
 
 

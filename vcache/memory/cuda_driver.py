@@ -40,7 +40,7 @@ def driver() -> Any:
         from cuda.bindings import driver as cuda
     except ImportError as error:
         raise UnavailableError(
-            f"VRAM segments need cuda-bindings ({error}); install vcache[cuda12] or vcache[cuda13], as the driver has it"
+            f"VRAM segments need cuda-bindings ({error}); pip install '.[cuda12]' or '.[cuda13]', as the driver has it"
         ) from error
     try:
         (status,) = cuda.cuInit(0)

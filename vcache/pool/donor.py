@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 _RECORD_WIRE_BYTES: Final = 160
 #: Before a registration that the server refused is tried again: it says why in the log, and will hardly change its mind soon.
 REFUSED_WAIT_S: Final = 1.0
+#: While the server is waited for to drain, whether it is still there is looked at so often.
+_LOOK_INTERVAL_S: Final = 0.2
 
 
 class State(Enum):
@@ -139,7 +141,7 @@ class Donor:
                 return True
             self._drain_asked = True
             self._background.wake()
-            is_drained = not self._client.available or self._drained.wait(timeout_s)
+            is_drained = self._await_drained(timeout_s)
             self._state = State.CLOSED
             self._registered.clear()
             self._background.remove_duty(self)
@@ -153,6 +155,17 @@ class Donor:
             else:  # freeing memory under a copy crashes the process; its end frees it, too
                 logger.warning("segment %s is still in use: it goes with this process", self.segment.segment_id.hex())
             return is_drained and is_unused
+
+    def _await_drained(self, timeout_s: float) -> bool:
+        """Whether the server has said that nobody uses it, or there is no server to grant anything."""
+        deadline = time.monotonic() + timeout_s
+        while self._client.available:
+            left_s = deadline - time.monotonic()
+            if self._drained.wait(max(0.0, min(left_s, _LOOK_INTERVAL_S))):
+                return True
+            if left_s <= 0:
+                return False
+        return True
 
     # --- duties, in the background thread -------------------------------------------------------------------------
 

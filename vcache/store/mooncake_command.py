@@ -21,7 +21,7 @@ def require_mooncake(otherwise: str = "use another store.kind") -> Path:
     """Where Mooncake is installed. Raises ``ConfigError`` when it is not."""
     found = importlib.util.find_spec("mooncake")
     if found is None or found.origin is None:
-        raise ConfigError(f"Mooncake is not installed; `pip install vcache[mooncake]`, or {otherwise}")
+        raise ConfigError(f"Mooncake is not installed; `pip install '.[mooncake]'`, or {otherwise}")
     return Path(found.origin).parent
 
 
