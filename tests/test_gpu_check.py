@@ -57,12 +57,12 @@ def test_an_unknown_step_is_a_usage_error():
 
 
 def test_every_test_that_needs_a_gpu_is_among_those_it_runs():
-    root = Path(REPOSITORY)
-    marked = [path for path in (root / "tests").rglob("test_*.py") if "mark.cuda" in path.read_text()]
-    elsewhere = [path for path in marked if not any(path.is_relative_to(root / place) for place in TESTS)]
-    assert marked and [path for path in elsewhere if path != Path(__file__)] == []
-    measuring = {str(path.relative_to(root)) for path in marked + elsewhere if "mem_get_info" in path.read_text()}
-    assert measuring - {"tests/test_gpu_check.py"} <= set(ALONE), "these must have the device to themselves"
+    listing = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "cuda", "tests"]
+    listed = subprocess.run(listing, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    files = {line.partition("::")[0] for line in listed.splitlines() if "::" in line}
+    assert files and {file for file in files if not any(Path(file).is_relative_to(place) for place in TESTS)} == set()
+    measuring = {file for file in files if "cuda.mem_get_info(" in Path(REPOSITORY, file).read_text()}
+    assert measuring == set(ALONE), "these must have the device to themselves, and only these"
 
 
 @pytest.mark.skipif(ON_A_GPU, reason="they would not be skipped")

@@ -200,7 +200,7 @@ def test_vram_without_the_bindings_says_what_is_needed(runtime, monkeypatch):
 
     driver.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(UnavailableError, match=r"vcache\[cuda12\] or vcache\[cuda13\]"):
+    with pytest.raises(UnavailableError, match=r"pip install '\.\[cuda12\]' or '\.\[cuda13\]'"):
         CudaMemory.create(runtime, secrets.token_bytes(16), MIB, device="cuda:0")
 
 
