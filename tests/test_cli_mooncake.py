@@ -20,6 +20,8 @@ pytest.importorskip("mooncake.store", reason="Mooncake is not installed, or libi
     [
         ("start --memory x", "store.mooncake.segment_size = 'x' (from argument): not a size"),
         ("start --memory 0", "nothing to give"),
+        ("start --memory 1024TiB", "'1024TiB': this machine has "),
+        ("give --memory 1024TiB 127.0.0.1:1", "'1024TiB': this machine has "),
         ("start --port 0", "'--port'"),
         ("start --port 65536", "'--port'"),
         ("give --memory 1GiB nowhere", "store.mooncake.master = 'nowhere': must be HOST:PORT"),

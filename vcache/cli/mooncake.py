@@ -10,6 +10,7 @@ import typer
 
 from vcache.cli.options import load_config
 from vcache.ending import ending_signals
+from vcache.units import approximate_size
 
 if TYPE_CHECKING:
     from vcache.store_config import MooncakeConfig
@@ -96,11 +97,19 @@ def give(
 
 def _checked(memory: str, **arguments: str) -> MooncakeConfig:
     """The arguments as settings, which say why one cannot work. Raises ``ConfigError``."""
+    from vcache.memory.host import available_memory
+
     arguments["segment_size"] = memory
     chosen: dict[str, Any] = {f"store__mooncake__{name}": value for name, value in arguments.items()}
     settings = load_config(None, store__kind="mooncake", **chosen).store.mooncake
     if not settings.segment_size:
         raise typer.BadParameter(f"{memory!r}: nothing to give; write a size such as 8GiB", param_hint="--memory")
+    free = available_memory()
+    if free is not None and settings.segment_size > free:  # Mooncake itself would try for ever
+        raise typer.BadParameter(
+            f"{memory!r}: this machine has {approximate_size(free)} to give; write a smaller size",
+            param_hint="--memory",
+        )
     return settings
 
 

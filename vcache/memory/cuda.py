@@ -21,6 +21,7 @@ from vcache.memory.cuda_driver import CudaError, call, can_read, device_ordinal,
 from vcache.memory.cuda_words import CudaWords
 from vcache.memory.foreign_tensor import tensor_over
 from vcache.pool.runtime_dir import RuntimeDir
+from vcache.units import approximate_size, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +168,6 @@ def _free_bytes() -> int:
 
 def _too_little(nbytes: int, free: int, device: str) -> CapacityError:
     return CapacityError(
-        f"a segment of {nbytes} bytes was asked for on {device}, {free} bytes are free there; use a smaller segment.size, or, "
+        f"a segment of {format_size(nbytes)} was asked for on {device}, {approximate_size(free)} are free there; use a smaller segment.size, or, "
         "where a serving engine shares the device, donate before it starts or lower its gpu_memory_utilization"
     )

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from vcache.errors import CapacityError, CorruptionError, UnavailableError
 from vcache.memory.base import IndexArray, WordArray
 from vcache.pool.runtime_dir import HeldFile, RuntimeDir, segment_file_name
+from vcache.units import approximate_size, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -259,7 +260,7 @@ def _is_in_memory(path: Path) -> bool:
 
 def _too_little(nbytes: int, free: int, where: str) -> CapacityError:
     return CapacityError(
-        f"a segment of {nbytes} bytes was asked for, {free} bytes are free {where}; use a smaller segment.size, or make "
+        f"a segment of {format_size(nbytes)} was asked for, {approximate_size(free)} are free {where}; use a smaller segment.size, or make "
         "room (shared memory of a container: --shm-size)"
     )
 
@@ -268,13 +269,14 @@ def _free_bytes(runtime: RuntimeDir) -> tuple[int, str]:
     """Free bytes and where: in the file system, or in the machine if that has less."""
     status = os.statvfs(runtime.path)
     free = status.f_bavail * status.f_frsize
-    available = _available_memory()
+    available = available_memory()
     if available is not None and available < free:
         return available, "in this machine's memory (MemAvailable)"
     return free, f"in the file system of {runtime.path}"
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
+    """Bytes that new processes of this machine can have; None where the system does not say."""
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):

@@ -16,6 +16,7 @@ from vcache.errors import CapacityError, CorruptionError
 from vcache.memory.base import IndexArray, Memory, WordArray, is_host
 from vcache.pool.records import GENERATION, NBYTES, OFFSET, RECORD_BYTES, Directory, folded
 from vcache.protocol import RecordInfo
+from vcache.units import approximate_size, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +70,8 @@ class Segment:
         data_offset = DIRECTORY_OFFSET + _aligned(count * RECORD_BYTES)
         if data_offset + EXTENT_ALIGNMENT > memory.nbytes:
             raise CapacityError(
-                f"a segment of {memory.nbytes} bytes has no room for data: header and {count} records take "
-                f"{data_offset}; use a larger segment.size or fewer segment.records"
+                f"a segment of {format_size(memory.nbytes)} has no room for data: header and {count} records take "
+                f"{approximate_size(data_offset)}; use a larger segment.size or fewer segment.records"
             )
         segment = cls(memory, segment_id=segment_id, incarnation=1, records=count, data_offset=data_offset)
         segment._write_header()

@@ -21,6 +21,7 @@ import torch
 
 from vcache.errors import CapacityError
 from vcache.store.objects import PAGE_BYTES
+from vcache.units import format_size
 
 
 class Block:
@@ -66,7 +67,9 @@ class Staging:
             self._map = mmap.mmap(self.fd, self.nbytes)
         except OSError as error:
             os.close(self.fd)
-            raise CapacityError(f"{setting} = {nbytes}: no such memory to be had ({error.strerror})") from error
+            raise CapacityError(
+                f"{setting} = {format_size(nbytes)}: no such memory to be had ({error.strerror})"
+            ) from error
         #: The whole arena as uint8; its address stays valid until ``close``.
         self.tensor: Final = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self.tensor.data_ptr()
