@@ -219,6 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := what_is_missing():
         print(f"gpu-check: {missing}", file=sys.stderr)
         return EXIT_MISSING
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in a script's background it is ignored, also by what is run
     found = Found(machine())
     with tempfile.TemporaryDirectory(prefix="vcache-gpu-check-") as directory:
         check = Check(Path(directory), found, quick=options.quick)
