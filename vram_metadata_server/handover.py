@@ -1,4 +1,4 @@
-"""Segments come and go: registration, the records their donors hand over, and the gate before the first grant (DESIGN, rule 5).
+"""Segments come and go: registration, the records their donors hand over, and the gate before the first grant (docs/architecture.md, rule 5).
 
 Steps of the protocol's model (``tests/model``) by name: *register*, *handover*, *hello* (a writer's claims), *gate opens*, *drop
 segment*. A segment grants nothing until its last page came and every attached writer has said hello in this term, or is

@@ -36,7 +36,8 @@ MIN_SLOTS: Final = 1 << 14
 _FULL: Final = 10
 _CROWDED: Final = 9
 _NEW: Final = 6
-#: What each change does for the next table: bytes made present, then slots copied. Half of the changes that may fill this one will do.
+#: For each key changed, so many bytes of the next table are made present, then so many slots filled: it is ready after half of the changes
+#: that this one has room for.
 ALLOCATED_PER_CHANGE: Final = 8192
 COPIED_PER_CHANGE: Final = 64
 _NOT_SAID: Final = bytes(PLACEMENT.size)

@@ -1,4 +1,4 @@
-"""A write from reserve to the evidence that its writer has stopped (DESIGN, rule 4).
+"""A write from reserve to the evidence that its writer has stopped (docs/architecture.md, rule 4).
 
 Steps of the protocol's model (``tests/model``) by name: *reserve*, *commit told*, *commit refused*, *abort told*, *reservation
 expires* (time frees the key, nothing else), *heartbeat settles*, *writer proven dead*. Each kind of evidence ends in

@@ -1,1 +1,1 @@
-"""An explicit-state model of the segment protocol (DESIGN, rules 2 to 6) and the searches over it."""
+"""An explicit-state model of the segment protocol (docs/architecture.md, rules 2 to 6) and the searches over it."""

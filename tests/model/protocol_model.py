@@ -1,4 +1,4 @@
-"""The segment protocol (DESIGN, rules 2 to 6) as a state machine small enough to be searched whole.
+"""The segment protocol (docs/architecture.md, rules 2 to 6) as a state machine small enough to be searched whole.
 
 One segment, its donor, some writers that each store one chunk, one reader and the server. Every step that some process takes
 alone is one transition, so any process may be suspended between any two of its steps, any message may be late, and time (a

@@ -193,9 +193,8 @@ class PoolClient:
     def release(self, lease: int, invalid: Sequence[int] = ()) -> None:
         """Ends a lease; ``invalid``: generations of placements whose record did not validate. Never waits.
 
-        The end of a lease that the server knows is not worth a message of its own: it goes with the next that is sent, or before the
-        next heartbeat, unless it says that something did not validate. One that was asked for and not waited for is ended at
-        once, since it may be by this that the server hears of the use.
+        Ending a lease that the server granted is not urgent: it goes with the next message or heartbeat, at once only when something did
+        not validate. A lease that was asked for and not waited for ends at once: the server may hear of the use by this alone.
         """
         if lease and self.session.released(lease):
             verdict = list(invalid)

@@ -165,8 +165,10 @@ class Session:
     def found(self, term: int, placements: bytes, name: int) -> Acquired | None:
         """A run that was read in shared memory, under a lease that is asked for by a name of our own (0: none, of an empty run).
 
-        ``None`` when the term has changed, a segment is not known here, or may not be read without a lease that is known to be
-        held: its donor waits for leases before it gives up memory that must not be read any more then.
+        Such a lease is told from one that the server has granted by its sign: names of our own are answered below zero.
+
+        ``None`` when the term has changed, a segment is not known here, or its memory goes with its donor (CUDA IPC): that donor
+        frees it once the leases it knows of have ended, so the server must have granted one first.
         """
         rows = np.frombuffer(placements, dtype=PLACEMENT_DTYPE)
         with self._lock:
