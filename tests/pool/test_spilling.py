@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +137,27 @@ def test_a_master_that_goes_while_victims_are_written_costs_these_and_nothing_el
     assert found_below(below, gone) > 0, "what it writes since is there"
     store_more(client, keys, 5)
     assert load(client, keys[-1:]) == 1
+
+
+def open_files() -> Iterator[str]:
+    """What this process has open, by name."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            yield os.readlink(entry)
+
+
+def test_a_store_that_cannot_be_opened_is_told_once_and_costs_no_memory(
+    start_server, open_client, open_donor, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "mooncake", None)  # not installed
+    config, _ = start_server(**{**QUICK, "server": SERVER})
+    store_settings = {"write_policy": "evicted", "staging_size": "4MiB", "mooncake": {"master": "127.0.0.1:1"}}
+    open_donor(
+        VCacheConfig(runtime_dir=config.runtime_dir, server=SERVER, client=QUICK["client"], store=store_settings),
+        size=2 << 20,
+    )
+    client = open_client(config)
+    keys: list[ChunkKey] = []
+    store_until(client, keys, "demotion_failed", 40)
+    assert caplog.text.count("Mooncake is not installed") == 1
+    assert [name for name in open_files() if "vcache-staging" in name] == []

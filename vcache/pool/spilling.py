@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from vcache.errors import VCacheError
+from vcache.errors import ConfigError, VCacheError
 from vcache.failures import FailureLog
 from vcache.pool.victims import Victim, still_valid
 
@@ -35,6 +35,7 @@ class Spiller:
     def __init__(self, config: VCacheConfig) -> None:
         self._config = config
         self._store: GuardedStore | None = None
+        self._is_refused = False
         self._failures = FailureLog(logger)
 
     def spill(self, segment: Segment, victims: Sequence[Victim]) -> set[int]:
@@ -63,11 +64,17 @@ class Spiller:
             self._store.close(timeout_s)
 
     def _open(self) -> GuardedStore | None:
-        if self._store is None:
+        if self._store is None and not self._is_refused:
             from vcache.store import open_store  # loads torch
 
             try:
                 self._store = open_store(self._config.store)
+            except ConfigError as error:  # no later attempt does better
+                self._is_refused = True
+                logger.warning(
+                    "what is evicted is lost, not written to the store, until this process is started anew: %s",
+                    str(error),  # a record that a handler keeps would keep the error, and that the staging memory
+                )
             except VCacheError as error:
                 self._failures.record("open the store", error)
         return self._store

@@ -9,6 +9,7 @@ from vcache.store.base import Got, Put, Shard, Store
 
 if TYPE_CHECKING:
     from vcache.store.guard import GuardedStore
+    from vcache.store.staging import Staging
     from vcache.store_config import StoreConfig
 
 __all__ = ["Got", "Put", "Shard", "Store", "open_store"]
@@ -32,14 +33,20 @@ def open_store(config: StoreConfig, *, moves: bool = True) -> GuardedStore | Non
     from vcache.store.staging import Staging
 
     staging = Staging(config.staging_size if moves else LEAST_STAGING_BYTES)
-    store: Store
+    try:
+        store = _bare_store(kind, config, staging)
+    except BaseException:
+        staging.close()  # nobody else would
+        raise
+    return GuardedStore(store, staging, config.guard, name=kind)
+
+
+def _bare_store(kind: str, config: StoreConfig, staging: Staging) -> Store:
     if kind == "files":
         from vcache.store.files import FileStore
 
-        store = FileStore(Path(config.files.directory), size_limit=config.files.size_limit)
-    else:
-        from vcache.store.mooncake import MooncakeStore
+        return FileStore(Path(config.files.directory), size_limit=config.files.size_limit)
+    from vcache.store.mooncake import MooncakeStore
 
-        timeouts = {"timeout_s": config.guard.timeout, "write_timeout_s": config.guard.write_timeout}
-        store = MooncakeStore(config.mooncake, staging, **timeouts)
-    return GuardedStore(store, staging, config.guard, name=kind)
+    timeouts = {"timeout_s": config.guard.timeout, "write_timeout_s": config.guard.write_timeout}
+    return MooncakeStore(config.mooncake, staging, **timeouts)
