@@ -116,8 +116,33 @@ def test_config_check_looks_whether_this_machine_has_what_the_file_needs(tmp_pat
     assert vcache("config", "check", str(path)).stdout.endswith("my.yaml: ok\n")
 
 
+def test_config_check_looks_at_the_key_files_that_are_named(tmp_path):
+    keys, path = tmp_path / "keys", tmp_path / "my.yaml"
+    curve = {
+        "server_public_key_file": f"{keys}/server.key",
+        "server_secret_key_file": f"{keys}/server.key_secret",
+        "client_secret_key_file": f"{keys}/clients/me.key_secret",
+        "authorized_clients_dir": f"{keys}/clients",
+    }
+    path.write_text(json.dumps({"server": {"endpoint": "tcp://10.0.0.1:5555", "curve": curve}}))
+    done = vcache("config", "check", str(path), status=2)
+    for name, value in curve.items():
+        assert f"server.curve.{name} = '{value}': not a " in done.stderr
+    assert done.stdout == ""
+    vcache("keys", str(keys), "--client", "me")
+    assert vcache("config", "check", str(path)).stdout.endswith("my.yaml: ok\n")
+
+
 def test_set_wants_a_name_and_a_value():
     assert "is not NAME=VALUE" in vcache("config", "show", "--set", "chunk_size", status=2).stderr
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_set_wants_settings_not_sections(order):
+    both = ["server=foo", "server.endpoint=ipc:///x"][::order]
+    done = vcache("config", "show", "--set", both[0], "--set", both[1], status=2)
+    assert "server = 'foo' (from argument): a section of settings, not a value" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

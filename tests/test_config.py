@@ -91,6 +91,7 @@ def test_human_sizes_and_durations_from_every_source(tmp_path, monkeypatch):
     monkeypatch.setenv("VCACHE_SERVER__HEARTBEAT_INTERVAL", "250ms")
     config = VCacheConfig.load(written(tmp_path, "segment:\n  size: 8GiB\n"), client={"lease": "1min"})
     assert (config.segment.size, config.server.heartbeat_interval, config.client.lease) == (8 << 30, 0.25, 60)
+    assert VCacheConfig(store={"mooncake": {"soft_pin": "30min"}}).store.mooncake.soft_pin == 1800
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "server:\n", "server:\n  eviction:\n"])
@@ -182,9 +183,12 @@ def test_all_problems_of_all_sources_are_told_at_once(tmp_path, monkeypatch):
     ("name", "value", "fix"),
     [
         ("chunk_size", 0, "greater than or equal to 1"),
-        ("chunk_size", "many", "valid integer"),
+        ("chunk_size", "many", "must be a whole number such as 256"),
         ("chunk_size", True, "a number is needed, not yes/no"),
-        ("chunk_size", 256.5, "valid integer"),
+        ("chunk_size", 256.5, "must be a whole number such as 256"),
+        ("segment.records", "many", "must be a whole number such as 4"),
+        ("server.eviction.pull", "maybe", "must be true or false"),
+        ("server.eviction.pull", 3, "must be true or false"),
         ("log_level", "LOUD", "'DEBUG', 'INFO'"),
         ("server.heartbeat_interval", "soon", "such as 500ms or 10s"),
         ("server.heartbeat_interval", 0, "greater than 0"),
@@ -194,16 +198,17 @@ def test_all_problems_of_all_sources_are_told_at_once(tmp_path, monkeypatch):
         ("server.placement", "random", "'local_first' or 'most_free'"),
         ("server.eviction.policy", "fifo", "'lru'"),
         ("server.eviction.high_watermark", 1.5, "less than or equal to 1"),
-        ("server.eviction.low_watermark", "half", "valid number"),
+        ("server.eviction.low_watermark", "half", "must be a number such as 0.9"),
         ("segment.size", "8G", "8GiB"),
         ("segment.size", 4096, "greater than or equal to 1MiB"),
         ("segment.records", -1, "greater than or equal to 0"),
         ("segment.tier", "hbm", "'auto', 'vram' or 'dram'"),
-        ("transfer.threads", 1000, "less than or equal to 256"),
+        ("transfer.threads", 65, "less than or equal to 64"),
         ("store.kind", "s3", "'none'"),
-        ("server.endpoint", 5, "valid string"),
+        ("store.mooncake.soft_pin", True, "such as 500ms or 10s"),
+        ("server.endpoint", 5, "must be text; put it in quotes"),
         ("chunk_size", None, "has no value; write one, or leave the line out"),
-        ("runtime_dir", ["a"], "valid string"),
+        ("runtime_dir", ["a"], "must be text; put it in quotes"),
     ],
 )
 def test_a_bad_value_is_refused_with_field_value_origin_and_fix(tmp_path, name, value, fix):
@@ -218,7 +223,10 @@ def test_a_bad_value_is_refused_with_field_value_origin_and_fix(tmp_path, name, 
 
 
 def test_a_value_where_a_section_is_needed_is_refused():
-    assert refusal(server=3) == "server = 3 (from argument): a section of settings, not a value"
+    words = "(from argument): a section of settings, not a value; set one of them, such as"
+    assert refusal(server=3) == f"server = 3 {words} server.endpoint"
+    assert refusal(store="none") == f"store = 'none' {words} store.kind"
+    assert refusal(server={"curve": "x"}) == f"server.curve = 'x' {words} server.curve.server_public_key_file"
 
 
 @pytest.mark.parametrize(

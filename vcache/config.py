@@ -47,6 +47,17 @@ RECORD_BYTES: Final = 128
 DEFAULT_ORIGIN: Final = "default"
 #: pydantic's errors about limits, and what they call the limit.
 _LIMITS: Final = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+#: What pydantic says of a value of another type, told as what to write instead.
+_TYPES: Final = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "int_parsing": "must be a whole number such as {}",
+    "int_from_float": "must be a whole number such as {}",
+    "int_type": "must be a whole number such as {}",
+    "float_parsing": "must be a number such as {}",
+    "float_type": "must be a number such as {}",
+    "string_type": "must be text; put it in quotes",
+}
 _DOTTED_NAME: Final = re.compile(r"[a-z_]+(?:\.[a-z_]+)*")
 
 
@@ -326,6 +337,9 @@ def _explained(error: ValidationError, values: dict[str, Any], origins: dict[str
             message = "has no value; write one, or leave the line out"
         elif detail["type"] in _LIMITS:
             message = _with_unit(name, message, detail["ctx"][_LIMITS[detail["type"]]])
+        elif detail["type"] in _TYPES:
+            default = dict(setting_fields(VCacheConfig))[name].default
+            message = _TYPES[detail["type"]].format(default or 4)
         yield f"{name} = {value!r} (from {origins.get(name, DEFAULT_ORIGIN)}): {message}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -109,6 +110,23 @@ def authorized_clients(config: VCacheConfig) -> frozenset[bytes]:
             f"{setting} = {str(directory)!r}: not a directory; give the one with clients' public .key files"
         )
     return frozenset(read_public_key(path, setting) for path in directory.glob("*.key"))
+
+
+def key_problems(config: VCacheConfig) -> Iterator[str]:
+    """What is wrong on this machine with the key files that are set, in words for a ``ConfigError``."""
+    curve = config.server.curve
+    checks: dict[str, Callable[[Path, str], object]] = {
+        "server_public_key_file": read_public_key,
+        "server_secret_key_file": read_key_pair,
+        "client_secret_key_file": read_key_pair,
+        "authorized_clients_dir": lambda path, setting: authorized_clients(config),
+    }
+    for name, check in checks.items():
+        if path := getattr(curve, name):
+            try:
+                check(Path(path), f"server.curve.{name}")
+            except ConfigError as error:
+                yield str(error)
 
 
 def secure_server(socket: zmq.Socket[bytes], config: VCacheConfig) -> bool:

@@ -44,8 +44,8 @@ def environment_name(name: str) -> str:
     return ENV_PREFIX + name.upper().replace(".", ENV_DELIMITER)
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names to nested dictionaries."""
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names of settings to nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *sections, leaf = name.split(".")
@@ -72,7 +72,7 @@ class Source(PydanticBaseSettingsSource):
         self.problems: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
-        return nested(self.values)
+        return _nested(self.values)
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         """Part of pydantic-settings' interface; unused, because ``__call__`` builds the whole tree."""
@@ -95,7 +95,10 @@ class Source(PydanticBaseSettingsSource):
             elif isinstance(value, Mapping):
                 self._walk(value, f"{name}.", origin)
             elif value is not None:
-                self.problems.append(f"{name} = {value!r} (from {origin}): a section of settings, not a value")
+                inside = next(known for known in self.known if known.startswith(f"{name}."))
+                self.problems.append(
+                    f"{name} = {value!r} (from {origin}): a section of settings, not a value; set one of them, such as {inside}"
+                )
 
     def _suggestion(self, name: str) -> str:
         close = difflib.get_close_matches(name, self.known, n=1, cutoff=0.75)
@@ -107,7 +110,7 @@ class Source(PydanticBaseSettingsSource):
 
 
 class ArgumentSource(Source):
-    """Arguments of the constructor; ``None`` counts as not given."""
+    """Arguments of the constructor, dotted or nested; ``None`` counts as not given."""
 
     def __init__(self, settings: type[BaseSettings], arguments: Mapping[str, Any]) -> None:
         super().__init__(settings)

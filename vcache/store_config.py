@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vcache.setting_types import Count, Seconds, Section, Size
+from vcache.setting_types import Count, Seconds, SecondsOrNever, Section, Size
 
 
 class GuardConfig(Section):
@@ -42,7 +42,7 @@ class MooncakeConfig(Section):
     hostname: str = ""
     segment_size: Size = 0
     replicas: Annotated[Count, Field(ge=1, le=64)] = 1
-    soft_pin: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    soft_pin: SecondsOrNever = 0.0
     key_prefix: str = "vcache"
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from vcache.setting_types import Count, Seconds, SecondsOrNever, Section, Size
+
+#: As many take part in a copy at most (``copy_blocks.c``).
+MAX_THREADS: Final = 64
 
 
 class TransferEngineConfig(Section):
@@ -21,7 +24,7 @@ class TransferEngineConfig(Section):
 class TransferConfig(Section):
     """How bytes are copied."""
 
-    threads: Annotated[Count, Field(ge=0, le=256)] = 0
+    threads: Annotated[Count, Field(ge=0, le=MAX_THREADS)] = 0
     peer_way: Literal["auto", "kernel", "copy"] = "auto"
     unmap_after: SecondsOrNever = 600.0
     remote: Literal["none", "mooncake"] = "none"

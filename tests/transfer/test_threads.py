@@ -14,7 +14,8 @@ import torch
 from tests.support.processes import PATIENCE_S, child_environment
 from vcache.paged_kv import PagedKV
 from vcache.transfer import cpu, gather, scatter, threads
-from vcache.transfer.threads import MAX_THREADS, default_threads, helpers, process_cpus
+from vcache.transfer.threads import default_threads, helpers, process_cpus
+from vcache.transfer_config import MAX_THREADS
 
 PLANES, BLOCKS, BLOCK_BYTES = 4, 64, 64 << 10
 

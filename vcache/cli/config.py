@@ -21,8 +21,10 @@ app = typer.Typer(help="Check and show settings.", no_args_is_help=True)
 @app.command()
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of settings.")]) -> None:
     """Check a file as this machine's environment completes it; print the result. Exit status 2 if it cannot work."""
+    from vcache.curve import key_problems
+
     config = load_config(file)
-    problems = [*config.store.problems_here(), *not_installed(config)]
+    problems = [*config.store.problems_here(), *key_problems(config), *not_installed(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     _print(config)

@@ -37,11 +37,10 @@ def load_config(file: Path | None, settings: list[str] | None = None, **flat: An
     Raises ``ConfigError``.
     """
     from vcache.config import VCacheConfig
-    from vcache.settings_sources import nested
 
     chosen = dict(_split(text) for text in settings or [])
     chosen |= {name.replace("__", "."): value for name, value in flat.items() if value is not None}
-    return VCacheConfig.load(file, **nested(chosen))
+    return VCacheConfig.load(file, **chosen)
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -13,11 +13,11 @@ from functools import cache
 from typing import Final
 
 from vcache.native import native_library
+from vcache.transfer_config import MAX_THREADS
 
 LIBRARY: Final = "vcache.transfer._copy_blocks"
 #: Threads a copy uses unless the configuration (``transfer.threads``) says otherwise: memory is the limit soon after.
 DEFAULT_THREADS: Final = 4
-MAX_THREADS: Final = 64
 
 _library = native_library(LIBRARY)
 _lock = threading.Lock()
