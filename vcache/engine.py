@@ -132,7 +132,6 @@ class VCacheEngine:
             completions=self._completions,
         )
         self._closing = threading.Lock()
-        self._closed = False
         try:
             if donated_bytes and where is not None:
                 self._donor = open_donation(
@@ -381,15 +380,17 @@ class VCacheEngine:
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Waits for calls under way, writes to the store and readers of the donated segment, then lets go of everything.
 
-        Half of the time left after the calls is for the writes. Afterwards the engine is an empty cache. Twice is harmless.
+        The calls may take half of the time, the writes half of what is left then. Afterwards the engine is an empty cache. Where
+        a call has not ended by then (a store that was begun and never completed is one), the session and what it has mapped
+        stay, until this is called again or the process ends. Twice is harmless.
         """
         deadline = time.monotonic() + checked_seconds("timeout_s", timeout_s)
-        if not self._cache.close(timeout_s):
-            return
+        are_over = self._cache.close(timeout_s / 2)
         with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._release_all(max(0.0, deadline - time.monotonic()))
+            self._hand_back(max(0.0, deadline - time.monotonic()))
+            if are_over:  # until then leases must last, and memory stay where a copy may be at work
+                self._client.close()
+                self._kv.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -406,7 +407,8 @@ class VCacheEngine:
         kv = self._kv.registered
         return kv.payload_bytes(self.model.blocks_per_chunk) if kv is not None else promised_payload_bytes(self.model)
 
-    def _release_all(self, timeout_s: float) -> None:
+    def _hand_back(self, timeout_s: float) -> None:
+        """Ends everything beside the session. Calls still under way find what they use closed, not gone. Twice is harmless."""
         deadline = time.monotonic() + timeout_s
         if self._completions is not None:
             self._completions.close()
@@ -416,8 +418,6 @@ class VCacheEngine:
             self._below.close(timeout_s / 2)
         if self._donor is not None:
             self._donor.close(max(0.0, deadline - time.monotonic()))
-        self._client.close()
-        self._kv.clear()
 
     def _needs_worker(self, call: str) -> None:
         if self.role != "worker":

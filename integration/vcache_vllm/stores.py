@@ -76,6 +76,13 @@ class Stores:
         self._open = self._open[:before]
         self.after_step()
 
+    def close(self) -> None:
+        """Gives back what was asked for and not copied. To be called before the lanes are closed."""
+        left, self._open = self._open, []
+        self._this_step = 0
+        for store in left:
+            self._drop(store)
+
     def take_stored(self) -> frozenset[ChunkKey]:
         """The chunks committed since the last call."""
         count = len(self._stored)  # the lane may be adding to them

@@ -137,7 +137,9 @@ class WorkerSide:
         return {**figures, **own, "connector_errors": self._failures.total}
 
     def close(self) -> None:
-        """Finishes what was begun and leaves the pool; harmless when done before."""
+        """Finishes what was copied, gives back what was not, and leaves the pool; harmless when done before."""
+        if self._stores is not None:
+            self._stores.close()
         for lane in self._lanes:
             lane.close(CLOSE_TIMEOUT_S)
         if self._engine is not None:

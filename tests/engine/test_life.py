@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 
+import numpy as np
 import pytest
 
 from tests.engine.conftest import eventually
@@ -113,6 +114,39 @@ def test_closing_while_others_call_ends_their_calls_well(pool):
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+def test_a_load_that_is_never_completed_keeps_the_session_and_nothing_else(config, server, runtime_dir, start_donor):
+    start_donor(config)
+    with VCacheEngine(config, model=model_of()) as other:
+        stored(other)
+    tensors = new_tensors(64)
+    engine = VCacheEngine(config, model=model_of(), kv_caches=tensors, donate="2MiB")
+    pending = engine.begin_retrieve(engine.keys_of(TOKENS), np.reshape(THERE, (4, 2)))
+    assert pending.chunks == 4
+    engine.close(1.0)
+    assert engine.lookup(TOKENS) == 0
+    assert len(list(runtime_dir.glob("segment-*"))) == 1, "the stand-alone donor's"
+    assert len(list(runtime_dir.glob("client-*"))) == 1
+    assert pending.complete() == 4
+    assert wrong_blocks(tensors, TOKENS, THERE, [True] * 32) == []
+    engine.close()
+    assert list(runtime_dir.glob("client-*")) == []
+
+
+def test_a_store_that_is_completed_after_its_engine_has_closed_is_harmless(config, server, runtime_dir):
+    tensors = new_tensors(64)
+    fill(tensors, TOKENS, HERE)
+    engine = VCacheEngine(config, model=model_of(), kv_caches=tensors, donate="2MiB")
+    pending = engine.reserve_store(engine.keys_of(TOKENS))
+    assert pending.chunks == 4
+    engine.close(1.0)
+    pending.copy_from(
+        np.reshape(HERE, (4, 2))
+    )  # into the donated segment, which stays as long as somebody writes to it
+    assert pending.complete() in (0, 4)
+    engine.close()
+    assert list(runtime_dir.glob("client-*")) == []
 
 
 def test_a_segment_larger_than_memory_is_refused_with_both_numbers(config, server, runtime_dir):

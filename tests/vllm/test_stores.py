@@ -23,6 +23,7 @@ from vcache.engine import VCacheEngine
 from vcache.failures import FailureLog
 from vcache.keys import ChunkKey
 from vcache.pending import PendingStore
+from vcache.server_query import fetch_stats
 
 pytestmark = pytest.mark.vllm
 
@@ -144,3 +145,16 @@ def test_a_step_that_computed_on_garbage_stores_nothing_and_gives_back_its_space
     answered(worker)
     worker.stores.after_step()
     assert worker.stored() == 2
+
+
+def test_closing_gives_back_what_was_answered_late(worker: Worker, config: VCacheConfig) -> None:
+    worker.stores.before_step([worker.order("late")], frozenset())
+    worker.stores.after_step()
+    answered(worker)
+    assert fetch_stats(config, timeout_s=PATIENCE_S).reservations == 2
+    worker.stores.close()
+    worker.asking.close(PATIENCE_S)
+    worker.committing.close(PATIENCE_S)
+    worker.engine.close(PATIENCE_S)
+    stats = fetch_stats(config, timeout_s=PATIENCE_S)
+    assert (stats.reservations, stats.sessions) == (0, 1), "only the donor's session is left"
