@@ -21,6 +21,8 @@ LOOPBACK = "127.0.0.1"
 Memory = Annotated[str, typer.Option(metavar="SIZE", help="Memory to give, such as 8GiB.")]
 PORTS: Final[dict[str, Any]] = {"min": 1, "max": 65_535}
 _PR_SET_PDEATHSIG: Final = 1
+#: How long the owner may take to give its memory back; Mooncake's ``close`` has been seen to take 15 s.
+_CLOSE_S: Final = 20.0
 
 
 @app.command()
@@ -30,6 +32,7 @@ def start(
     memory: Memory = "1GiB",
 ) -> None:
     """Run a Mooncake master and one owner of memory here until told to end (SIGTERM, Ctrl-C, or its terminal is closed)."""
+    import contextlib
     import ctypes
     import signal
     import subprocess
@@ -58,11 +61,19 @@ def start(
     )
     try:
         print(f"Mooncake at {master}: use it with VCACHE_STORE__MOONCAKE__MASTER={master}", flush=True)
-        ended = signal.sigwait(ending) is signal.SIGCHLD
-        second.terminate()
-        second.wait(10)
-    except subprocess.TimeoutExpired:
-        ended = True
+        print(
+            "vcache: the owner of the memory listens on two ports of all interfaces, since Mooncake takes no address to bind to, and "
+            "asks nobody who they are: run this where nobody else can reach them",
+            file=sys.stderr,
+            flush=True,
+        )
+        while ended := signal.sigwait(ending) is signal.SIGCHLD:
+            if first.poll() is not None or second.poll() is not None:  # else it was only stopped, or goes on
+                break
+        if not ended:
+            second.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                second.wait(_CLOSE_S)
     finally:
         for child in (second, first):  # the master has nothing to lose
             child.kill()

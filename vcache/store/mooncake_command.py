@@ -70,7 +70,9 @@ def mooncake_environment(hostname: str, timeout_s: float = 1.0) -> dict[str, str
         "MC_TCP_PROGRESS_TIMEOUT_SEC": "1",
         "MC_HANDSHAKE_CONNECT_TIMEOUT": "1",
         "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-        "MC_TCP_BIND_ADDRESS": hostname,  # else its data port listens on all interfaces
+        # The address that a metadata server tells others; else it is that of this host's first interface. It binds nothing:
+        # Mooncake 0.3.13 listens on all interfaces, whatever it is told.
+        "MC_TCP_BIND_ADDRESS": hostname,
         "MC_LOG_LEVEL": "ERROR",
         "GLOG_minloglevel": "2",
     }
