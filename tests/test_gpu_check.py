@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,22 @@ def test_without_a_gpu_it_says_so_and_checks_nothing():
     bench = [sys.executable, "-m", "benchmarks", "gpu"]
     done = subprocess.run(bench, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "benchmark gpu: torch sees no CUDA device here" in done.stderr
+
+
+def test_in_a_bare_checkout_the_functions_in_c_are_built_once(tmp_path):
+    for name in ("vcache", "tools", "integration", "vram_metadata_server"):
+        shutil.copytree(Path(REPOSITORY, name), tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(Path(REPOSITORY, name), tmp_path)
+    code = "import sys; sys.path[:1] = ['tools']; import gpu_check; sys.exit(gpu_check.functions_in_c() or 0)"
+
+    def built():
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+        return {path.name.partition(".")[0]: path.stat().st_mtime_ns for path in tmp_path.glob("vcache/*/*.so")}
+
+    first = built()
+    assert set(first) == {"_copy_blocks", "_shared_index"} and built() == first
 
 
 def test_an_unknown_step_is_a_usage_error():

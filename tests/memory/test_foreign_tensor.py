@@ -46,6 +46,14 @@ def test_descriptions_are_given_back():
     assert resident() - before < 2 * MIB
 
 
+def test_made_in_inference_mode_it_can_be_written_outside_of_it():
+    memory = np.arange(4096, dtype=np.uint8)
+    with torch.inference_mode():
+        tensor = tensor_over(memory.ctypes.data, memory.nbytes, cuda_ordinal=None)
+    tensor.fill_(5)
+    assert (memory == 5).all()
+
+
 @pytest.mark.cuda
 def test_vram_is_on_the_device_that_was_said_and_is_not_copied():
     memory = torch.arange(256, dtype=torch.uint8, device="cuda:0")

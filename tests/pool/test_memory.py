@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.processes import Processes
 from vcache.errors import CapacityError, CorruptionError, UnavailableError
@@ -93,6 +94,14 @@ def test_another_process_sees_the_same_bytes_and_its_end_leaves_the_memory_alone
     assert (runtime.path / memory.handle.decode()).exists()
     memory.close()
     assert not (runtime.path / memory.handle.decode()).exists()
+
+
+def test_a_tensor_over_it_made_in_inference_mode_can_be_written_outside_of_it(runtime):
+    memory = host_memory(runtime)
+    with torch.inference_mode():
+        assert not memory.tensor.is_inference()
+    memory.tensor[:8].fill_(5)
+    memory.close()
 
 
 def test_all_of_it_is_allocated_so_that_no_reader_can_be_killed_by_a_missing_page(runtime):

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tests.transfer.layouts import Layout, build, chunks_of, layouts, offsets_for
 from vcache.paged_kv import PagedKV
-from vcache.transfer import cpu, triton_kernels
+from vcache.transfer import cpu, cuda, triton_kernels
 from vcache.transfer.triton_kernels import Launch, PlaneTable, word_and_alignment
 
 ALIGNMENTS = [1, 2, 4, 8, 16]
@@ -101,6 +101,18 @@ def test_of_what_is_not_wanted_no_byte_is_written() -> None:
     run_kernel(triton_kernels.gather, kv, blocks, segment, offsets, programs=3, wanted=torch.tensor([1, 0, 1]))
     cpu.gather(kv, blocks[[0, 2]], expected, offsets[[0, 2]])
     assert torch.equal(segment, expected)
+
+
+def test_what_a_call_in_inference_mode_left_behind_serves_calls_outside_of_it() -> None:
+    planes = aligned_bytes(2 * 4 * 64, seed=1).view(2, 4, 64)
+    kv = PagedKV(list(planes.unbind(0)), block_size=1)
+    segment, blocks, offsets = torch.zeros(4 * 64, dtype=torch.uint8), np.array([[3, 0]]), np.array([0])
+    with torch.inference_mode():
+        cuda.gather(kv, blocks, segment, offsets)
+    stored = planes.clone()
+    planes.zero_()
+    cuda.scatter(kv, blocks, segment, offsets)
+    assert torch.equal(planes[:, [3, 0]], stored[:, [3, 0]])
 
 
 def test_this_is_the_interpreter() -> None:

@@ -62,4 +62,5 @@ def tensor_over(address: int, nbytes: int, *, cuda_ordinal: int | None) -> torch
     described.shape = at + _Tensor.extent.offset
     described.extent = nbytes
     described.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
-    return torch.utils.dlpack.from_dlpack(_new_capsule(at, b"dltensor", None))
+    with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+        return torch.utils.dlpack.from_dlpack(_new_capsule(at, b"dltensor", None))

@@ -174,7 +174,8 @@ class HostMemory:
                 raise UnavailableError("the segment's memory was closed")
             # By way of numpy, whose array keeps the mmap from closing: torch.frombuffer does not, and a tensor that
             # outlived close() would crash the process.
-            self._tensor = torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
+            with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+                self._tensor = torch.from_numpy(np.frombuffer(self._mapping, dtype=np.uint8))
             return self._tensor
 
     def populate(self) -> None:

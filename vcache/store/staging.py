@@ -71,7 +71,8 @@ class Staging:
                 f"{setting} = {format_size(nbytes)}: no such memory to be had ({error.strerror})"
             ) from error
         #: The whole arena as uint8; its address stays valid until ``close``.
-        self.tensor: Final = torch.frombuffer(self._map, dtype=torch.uint8)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+            self.tensor: Final = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = self.tensor.data_ptr()
         self.lock: Final = threading.Condition()
         self._free = [(0, self.nbytes)]  # (offset, nbytes), in order of offset, never two that touch

@@ -50,8 +50,9 @@ class Rooms:
                 if len(room.words) >= count and room.done.query():
                     return self._free.pop(index)
         words = max(_FEWEST_WORDS, 1 << (count - 1).bit_length())
-        pinned = torch.empty(words, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        on_device = torch.empty(words, dtype=torch.int64, device=self._device)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+            pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
+            on_device = torch.empty(words, dtype=torch.int64, device=self._device)
         return Room(pinned, pinned.numpy(), on_device, new_event(self._device))
 
     def give_back(self, room: Room) -> None:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from vcache.memory.copying import aside_on
 from vcache.paged_kv import PagedKV
 from vcache.transfer import triton_kernels
 from vcache.transfer.arguments import rooms_of
@@ -46,16 +47,18 @@ def scatter(kv: PagedKV, block_ids: Int64Array, segment: torch.Tensor, offsets: 
 
 
 def compile_for(kv: PagedKV) -> None:
-    """Compiles the kernels that copies of these planes need, which takes seconds where nobody has done so before."""
+    """Has ready what copies of these planes need: their kernels are compiled, which takes seconds where nobody has done so before."""
     with on(kv.device):
-        triton_kernels.compile_for(_launcher(kv).table)
+        _launcher(kv)
 
 
 class _Launcher:
-    """What is made once for a ``PagedKV``: its plane table and the number of programs."""
+    """What is made once for a ``PagedKV``: its plane table, the kernels for it, and the number of programs."""
 
     def __init__(self, kv: PagedKV) -> None:
-        self.table = PlaneTable(kv)
+        with aside_on(kv.device):  # the table is waited for: not behind what the engine computes
+            self.table = PlaneTable(kv)
+            triton_kernels.compile_for(self.table)
         self.programs = PROGRAMS_PER_MULTIPROCESSOR
         if kv.device.type == "cuda":  # else under Triton's interpreter
             self.programs *= torch.cuda.get_device_properties(kv.device).multi_processor_count
@@ -68,7 +71,7 @@ _launchers_lock = Lock()
 def _launcher(kv: PagedKV) -> _Launcher:
     with _launchers_lock:
         launcher = _launchers.get(kv)
-        if launcher is None:
+        if launcher is None:  # by one thread at a time: Triton's first launch of a kernel is not for several
             launcher = _launchers[kv] = _Launcher(kv)
         return launcher
 
