@@ -88,7 +88,8 @@ class VCacheEngine:
         donate: bytes of the device to give to the pool for this engine's life ("8GiB"; "auto": ``segment.size``).
 
         Raises ``ConfigError`` or ``ValueError`` for a configuration or tensors that cannot work, ``CapacityError`` when there
-        is not as much memory as ``donate`` asks for.
+        is not as much memory as ``donate`` asks for, ``UnavailableError`` when that of the GPU cannot be shared, or a process
+        that is suspended holds the runtime directory's lock.
         """
         self.config = config if config is not None else VCacheConfig.load()
         self.model = model

@@ -25,8 +25,8 @@ _MAX_TERM: Final = 1 << 42  # milliseconds: the year 2109
 class EndpointLock:
     """Held while this process serves ``config.endpoint``. ``term`` is this life's, already written down.
 
-    Raises ``UnavailableError`` when another server holds the endpoint, or its directory cannot be used; ``ConfigError`` where
-    something else than a socket lies: binding would remove it.
+    Raises ``UnavailableError`` when another server holds the endpoint; ``ConfigError`` when its directory cannot be used, or
+    something else than a socket lies there: binding would remove it.
     """
 
     def __init__(self, config: VCacheConfig) -> None:
@@ -37,7 +37,8 @@ class EndpointLock:
                     f"server.endpoint = {config.endpoint!r}: {self.socket_path} is there and no socket; use another path, or "
                     "remove it"
                 )
-            RuntimeDir(self.socket_path.parent)
+            own = f"the directory of server.endpoint = {config.endpoint!r}" if config.server.endpoint else ""
+            RuntimeDir(self.socket_path.parent, named_by=own)
             path = self.socket_path.with_name(self.socket_path.name + ".lock")
         else:
             name = "".join(letter if letter.isalnum() else "-" for letter in config.endpoint)

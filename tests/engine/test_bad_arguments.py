@@ -213,6 +213,13 @@ def test_a_construction_that_cannot_work_fails_at_once(runtime_dir, arguments, e
     assert list(runtime_dir.glob("segment-*")) == []
 
 
+@pytest.mark.parametrize("role", ["worker", "scheduler"])
+def test_a_runtime_directory_that_cannot_be_one_is_refused(runtime_dir, role):
+    (runtime_dir / "file").touch()
+    with pytest.raises(ConfigError, match=r"runtime_dir = '.*/file'"):
+        VCacheEngine(VCacheConfig(runtime_dir=f"{runtime_dir}/file"), model=model_of(), role=role)
+
+
 @pytest.mark.parametrize("config", ["my.yaml", {"chunk_size": 8}])
 def test_a_configuration_that_is_none_is_refused(config):
     with pytest.raises(ValueError, match=r"config must be a VCacheConfig .* got .*(my.yaml|chunk_size)"):

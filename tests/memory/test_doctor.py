@@ -22,9 +22,10 @@ print(json.dumps({found.about: (found.state, found.detail, found.fix) for found 
 
 @pytest.fixture
 def examined(stand_in, runtime_dir):
-    def examine(*, handles="auto", **settings):
+    def examine(*, handles="auto", directory=runtime_dir, **settings):
         chosen = {f"STAND_IN_{name.upper()}": value for name, value in settings.items()}
-        child = child_environment(extra={**stand_in, **chosen, "VCACHE_SEGMENT__CUDA_HANDLES": handles})
+        chosen |= {"VCACHE_SEGMENT__CUDA_HANDLES": handles, "VCACHE_RUNTIME_DIR": str(directory)}
+        child = child_environment(extra={**stand_in, **chosen})
         command = [sys.executable, "-c", PROGRAM]
         done = subprocess.run(
             command, env=child, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=True
@@ -44,6 +45,13 @@ def test_where_both_kinds_work_all_is_well(examined):
     ]
     assert {state for state, _, _ in found.values()} == {"ok"}
     assert found["cuda:1 with memory of cuda:0"][1] == "reads it directly (VMM handles)"
+
+
+def test_without_a_runtime_directory_nothing_is_tried(examined, tmp_path):
+    (tmp_path / "file").touch()
+    found = examined(directory=tmp_path / "file")
+    assert list(found) == ["host memory of the pool"]
+    assert "runtime_dir = " in found["host memory of the pool"][1]
 
 
 def test_a_kind_that_does_not_work_is_a_note_while_the_other_does(examined):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.pool.payloads import until
 from tests.support.processes import child_environment
-from vcache.errors import CorruptionError, UnavailableError
+from vcache.errors import ConfigError, CorruptionError, UnavailableError
 from vcache.pool import runtime_dir as module
 from vcache.pool.runtime_dir import RuntimeDir, lock_file, segment_file_name
 
@@ -69,20 +69,20 @@ def test_two_directories_are_two_hosts(runtime):
 
 def test_a_host_file_cut_short_is_not_taken_for_an_id(runtime):
     (runtime.path / "host").write_bytes(b"abc")
-    with pytest.raises(CorruptionError, match="3 bytes instead of 16"):
+    with pytest.raises(ConfigError, match=r"runtime_dir = .*3 bytes instead of 16"):
         _ = runtime.host_id
 
 
 def test_a_directory_others_can_write_to_is_refused(runtime_dir):
     runtime_dir.chmod(0o777)
-    with pytest.raises(UnavailableError, match="mode 0777"):
+    with pytest.raises(ConfigError, match=r"runtime_dir = .*mode 0777"):
         RuntimeDir(runtime_dir)
     runtime_dir.chmod(0o700)
 
 
 def test_a_directory_that_cannot_be_made_is_said_with_the_setting(runtime_dir):
     (runtime_dir / "file").touch()
-    with pytest.raises(UnavailableError, match="set runtime_dir to"):
+    with pytest.raises(ConfigError, match=r"runtime_dir = .*set it to a directory in shared memory"):
         RuntimeDir(runtime_dir / "file" / "below")
 
 

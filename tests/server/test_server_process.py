@@ -265,7 +265,20 @@ def test_a_directory_that_others_may_write_into_is_refused(runtime_dir: Path, pr
     loose.chmod(0o777)
     config = VCacheConfig(server={"endpoint": f"ipc://{loose}/server.sock"})
     child = processes.python("-m", "vram_metadata_server", config=config)
-    assert child.wait() == 1 and "0777" in child.log.read_text()
+    assert child.wait() == 2 and "0777" in child.log.read_text()
+    assert f"the directory of server.endpoint = 'ipc://{loose}/server.sock'" in child.log.read_text()
+
+
+@pytest.mark.parametrize("endpoint", ["", "tcp://127.0.0.1:1", "ipc://{}/beside/server.sock"])
+def test_a_runtime_directory_that_cannot_be_one_is_refused_in_a_line(
+    runtime_dir: Path, processes: Processes, endpoint: str
+) -> None:
+    (runtime_dir / "file").touch()
+    config = VCacheConfig(runtime_dir=f"{runtime_dir}/file", server={"endpoint": endpoint.format(runtime_dir)})
+    child = processes.python("-m", "vram_metadata_server", config=config)
+    assert child.wait() == 2
+    assert child.log.read_text().startswith(f"vram_metadata_server: runtime_dir = '{runtime_dir}/file': ")
+    assert child.log.read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vcache.doctor.finding import Finding, State
-from vcache.errors import CapacityError, UnavailableError
+from vcache.errors import CapacityError, ConfigError, UnavailableError
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.units import approximate_size
 
@@ -146,7 +146,10 @@ def sharing(config: VCacheConfig, *, timeout_s: float) -> Iterator[Finding]:
     """
     from vcache.memory.cuda_driver import can_read, device_count, device_uuid
 
-    runtime = RuntimeDir(config.runtime_path)
+    try:
+        runtime = RuntimeDir(config.runtime_path)
+    except ConfigError:
+        return  # a finding of its own
     uuids = [device_uuid(ordinal) for ordinal in range(device_count())]
     for owner, uuid in enumerate(uuids):
         said = {kind: _refusal(runtime, owner, uuid, kind, timeout_s) for kind in KINDS}
@@ -174,7 +177,7 @@ def pinning(config: VCacheConfig) -> Finding:
     about = "host memory of the pool"
     try:
         memory = HostMemory.create(RuntimeDir(config.runtime_path), secrets.token_bytes(16), PROBE_BYTES)
-    except (CapacityError, UnavailableError, OSError) as error:
+    except (ConfigError, CapacityError, UnavailableError, OSError) as error:
         return Finding(about, State.NOTE, str(error))
     try:
         pin(memory, device="cuda:0").end()

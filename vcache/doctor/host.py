@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vcache.doctor.finding import Finding, State
-from vcache.errors import UnavailableError
+from vcache.errors import ConfigError
 from vcache.units import approximate_size
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ def _runtime_directory(config: VCacheConfig) -> Iterator[Finding]:
     path = config.runtime_path
     try:
         RuntimeDir(path)
-    except (UnavailableError, OSError) as error:
-        yield Finding(
-            "runtime directory", State.PROBLEM, f"{path}: {error}", "set runtime_dir to one that this user owns"
-        )
+    except ConfigError as error:
+        yield Finding("runtime directory", State.PROBLEM, str(error), "set runtime_dir to one that this user owns")
         return
     yield Finding("runtime directory", State.OK, f"{path}: processes that name it share a host's segments")
     kind = _filesystem(path)

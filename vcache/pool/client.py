@@ -68,8 +68,8 @@ class PoolClient:
 
     ``device``: "cpu:0", or a GPU's UUID: where this process's KV tensors are. ``writes``: whether it will reserve space.
     ``maps_ahead``: map this host's segments as they come up rather than at their first use (default: if it writes).
-    Raises ``UnavailableError`` when the runtime directory cannot be used, ``ConfigError`` for bad CURVE keys. A forked child
-    must make its own; its parent's answers there as if the server were away.
+    Raises ``ConfigError`` when the runtime directory cannot be used, or for bad CURVE keys. A forked child must make its own;
+    its parent's answers there as if the server were away.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from vcache.errors import CorruptionError, UnavailableError
+from vcache.errors import ConfigError, CorruptionError, UnavailableError
 
 HOST_ID_BYTES: Final = 16
 #: How long ``sweep.lock`` is waited for: a process may be suspended while it holds it, and no wait is without a bound.
@@ -95,32 +95,45 @@ def _take(fd: int) -> bool:
 class RuntimeDir:
     """The runtime directory at ``path``, made (mode 0700) when absent.
 
-    Raises ``UnavailableError`` when it cannot be made or belongs to somebody else.
+    ``named_by``: the setting that says where it is, for errors. Raises ``ConfigError`` when it cannot be made or belongs to
+    somebody else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, named_by: str = "") -> None:
         self.path = path
+        self._named_by = named_by or f"runtime_dir = {str(path)!r}"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = path.stat()
         except OSError as error:
-            raise UnavailableError(
-                f"runtime_dir = {str(path)!r}: cannot be made or read ({error}); set runtime_dir to a directory in "
-                "shared memory that this user may create, such as /dev/shm/vcache"
+            raise ConfigError(
+                f"{self._named_by}: cannot be made or read ({error}); set it to a directory in shared memory that this user "
+                "may create, such as /dev/shm/vcache"
             ) from error
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            raise UnavailableError(
-                f"runtime_dir = {str(path)!r}: belongs to user {status.st_uid} with mode "
+            raise ConfigError(
+                f"{self._named_by}: belongs to user {status.st_uid} with mode "
                 f"{stat.S_IMODE(status.st_mode):04o}; it must belong to this user ({os.geteuid()}) and be writable by "
                 "nobody else, since its files are mapped and trusted"
             )
 
     @property
     def host_id(self) -> bytes:
-        """The HostId: 16 bytes that everybody with this directory agrees on."""
+        """The HostId: 16 bytes that everybody with this directory agrees on. Raises ``ConfigError`` where it has none."""
+        try:
+            host_id = self._host_id()
+        except OSError as error:
+            raise ConfigError(f"{self._named_by}: its file `host` cannot be made or read ({error})") from error
+        if len(host_id) != HOST_ID_BYTES:
+            raise ConfigError(
+                f"{self._named_by}: its file `host` holds {len(host_id)} bytes instead of {HOST_ID_BYTES}; remove the directory"
+            )
+        return host_id
+
+    def _host_id(self) -> bytes:
         path = self.path / "host"
         with contextlib.suppress(FileNotFoundError):
-            return _checked_host_id(path)
+            return path.read_bytes()
         # Written whole beside its name and then linked: no reader ever sees half of it, and one creator wins.
         temporary = self.path / f"host-{secrets.token_hex(8)}"
         temporary.write_bytes(secrets.token_bytes(HOST_ID_BYTES))
@@ -129,7 +142,7 @@ class RuntimeDir:
                 path.hardlink_to(temporary)
         finally:
             temporary.unlink()
-        return _checked_host_id(path)
+        return path.read_bytes()
 
     def hold_client_lock(self, session: bytes) -> HeldFile:
         """Creates and locks the file that proves this client alive. To be called before the client's first hello."""
@@ -265,13 +278,6 @@ class RuntimeDir:
 def segment_file_name(segment_id: bytes) -> str:
     """The name of a host segment's file in the runtime directory."""
     return f"segment-{segment_id.hex()}.shm"
-
-
-def _checked_host_id(path: Path) -> bytes:
-    host_id = path.read_bytes()
-    if len(host_id) != HOST_ID_BYTES:
-        raise CorruptionError(f"{path} holds {len(host_id)} bytes instead of {HOST_ID_BYTES}; remove the directory")
-    return host_id
 
 
 def _is_free(path: Path) -> bool:
