@@ -40,25 +40,26 @@ class Rooms:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: list[Room] = []
+        #: And what the last call that had it still used on the device.
+        self._free: list[tuple[Room, object]] = []
         self._lock = Lock()
 
     def take(self, count: int) -> Room:
         """Room for ``count`` words that nothing enqueued still uses. To be called with the device current."""
         with self._lock:
-            for index, room in enumerate(self._free):
+            for index, (room, _) in enumerate(self._free):
                 if len(room.words) >= count and room.done.query():
-                    return self._free.pop(index)
+                    return self._free.pop(index)[0]
         words = max(_FEWEST_WORDS, 1 << (count - 1).bit_length())
         with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
             pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
             on_device = torch.empty(words, dtype=torch.int64, device=self._device)
         return Room(pinned, pinned.numpy(), on_device, new_event(self._device))
 
-    def give_back(self, room: Room) -> None:
-        """``done`` was recorded behind the last of what uses it."""
+    def give_back(self, room: Room, used: object = None) -> None:
+        """``done`` was recorded behind the last of what uses it, and ``used``, which lives until then at least."""
         with self._lock:
-            self._free.append(room)
+            self._free.append((room, used))
 
 
 @cache

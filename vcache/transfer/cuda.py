@@ -107,4 +107,4 @@ def _enqueue(
             )
         finally:
             room.done.record()
-            rooms.give_back(room)
+            rooms.give_back(room, launcher)  # whose table is memory of another stream
