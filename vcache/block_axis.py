@@ -47,12 +47,15 @@ class NamedTensor:
         return self.tensor.numel() * self.tensor.element_size() // self.shape[axis]
 
 
-def named_tensors(kv_caches: KVCaches, expect: KVExpectation) -> list[NamedTensor]:
-    """The tensors in order; ValueError names the first that is no usable tensor, or the wrong number of layers."""
+def named_tensors(kv_caches: KVCaches, expect: KVExpectation, *, argument: str = "kv_caches") -> list[NamedTensor]:
+    """The tensors in order; ValueError names the first that is no usable tensor, or the wrong number of layers.
+
+    ``argument``: what the caller calls them.
+    """
     if isinstance(kv_caches, torch.Tensor):
-        named = [NamedTensor("kv_caches", kv_caches, whole_model=True)]
+        named = [NamedTensor(argument, kv_caches, whole_model=True)]
     else:
-        named = _per_layer(kv_caches, expect.num_layers)
+        named = _per_layer(kv_caches, expect.num_layers, argument)
     first = named[0]
     for item in named:
         tensor = item.tensor
@@ -69,19 +72,21 @@ def named_tensors(kv_caches: KVCaches, expect: KVExpectation) -> list[NamedTenso
     return named
 
 
-def _per_layer(kv_caches: Mapping[str, Layer] | Sequence[Layer], num_layers: int | None) -> list[NamedTensor]:
+def _per_layer(
+    kv_caches: Mapping[str, Layer] | Sequence[Layer], num_layers: int | None, argument: str
+) -> list[NamedTensor]:
     entries: list[tuple[str, object]]
     if isinstance(kv_caches, Mapping):
-        entries = [(f"kv_caches[{key!r}]", value) for key, value in kv_caches.items()]
+        entries = [(f"{argument}[{key!r}]", value) for key, value in kv_caches.items()]
     elif isinstance(kv_caches, list | tuple):
-        entries = [(f"kv_caches[{index}]", value) for index, value in enumerate(kv_caches)]
+        entries = [(f"{argument}[{index}]", value) for index, value in enumerate(kv_caches)]
     else:
-        raise ValueError(f"kv_caches must be a tensor, or a dict or list of tensors, not {type(kv_caches).__name__}")
+        raise ValueError(f"{argument} must be a tensor, or a dict or list of tensors, not {type(kv_caches).__name__}")
     if not entries:
-        raise ValueError("kv_caches is empty")
+        raise ValueError(f"{argument} is empty")
     if num_layers is not None and len(entries) != num_layers:
         raise ValueError(
-            f"kv_caches holds {len(entries)} layers ({entries[0][0]} to {entries[-1][0]}); "
+            f"{argument} holds {len(entries)} layers ({entries[0][0]} to {entries[-1][0]}); "
             f"the model description says {num_layers}"
         )
     named: list[NamedTensor] = []

@@ -345,7 +345,7 @@ class VCacheEngine:
     def pin_keys(self, keys: Sequence[ChunkKey], pin_s: float) -> int:
         """Keeps present chunks from eviction for ``pin_s`` seconds; how many."""
         check_keys("keys", keys)
-        return self._cache.pin(keys, pin_seconds(pin_s))
+        return self._cache.pin(keys, checked_seconds("pin_s", pin_s))
 
     def unpin_keys(self, keys: Sequence[ChunkKey]) -> int:
         """Ends pins before their time; how many."""

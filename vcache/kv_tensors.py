@@ -47,15 +47,18 @@ class KVTensors:
 
     def register(self, kv_caches: KVCaches | PagedKV) -> PagedKV:
         """Makes these the tensors of every call that names none. ``ValueError`` says which tensor does not fit, and why."""
-        kv = self.mapped(kv_caches)
+        kv = self.mapped(kv_caches, argument="kv_caches")
         with self._lock:
             self._registered, self._kept = kv, kv_caches
         return kv
 
-    def mapped(self, kvcaches: KVCaches | PagedKV | None) -> PagedKV:
-        """The mapping of these tensors, or of the registered ones. ``ValueError`` as in ``register``."""
+    def mapped(self, kvcaches: KVCaches | PagedKV | None, *, argument: str = "kvcaches") -> PagedKV:
+        """The mapping of these tensors, or of the registered ones. ``ValueError`` as in ``register``.
+
+        ``argument``: what the caller calls them.
+        """
         if isinstance(kvcaches, PagedKV):
-            _check_mapped(kvcaches, self._model)
+            _check_mapped(kvcaches, self._model, argument)
             return kvcaches
         if kvcaches is None:
             if self._registered is None:
@@ -69,8 +72,9 @@ class KVTensors:
                 ref() is tensor for ref, tensor in zip(known[1], tensors, strict=True)
             ):  # an id alone may by now be another object's
                 return known[0]
-        kv = PagedKV(kvcaches, block_size=self._model.block_size, expect=expectation(self._model))
-        check_dtypes(kvcaches, self._model)
+        expected = expectation(self._model)
+        kv = PagedKV(kvcaches, block_size=self._model.block_size, expect=expected, argument=argument)
+        _check_dtypes(kvcaches, self._model, argument)
         forget = partial(_forget, weakref.ref(self), identity)
         with self._lock:
             self._known[identity] = (kv, [weakref.ref(tensor, forget) for tensor in tensors])
@@ -121,16 +125,16 @@ def _nesting(kvcaches: object) -> tuple[object, ...]:
     return tuple(len(entry) if isinstance(entry, (tuple, list)) else 1 for entry in entries)
 
 
-def _check_mapped(kv: PagedKV, model: ModelSpec) -> None:
+def _check_mapped(kv: PagedKV, model: ModelSpec, argument: str) -> None:
     """Refuses a mapping made elsewhere whose blocks are not the model's."""
     if kv.block_size != model.block_size:
         raise ValueError(
-            f"kv_caches was mapped with blocks of {kv.block_size} tokens, the model description says {model.block_size}"
+            f"{argument} was mapped with blocks of {kv.block_size} tokens, the model description says {model.block_size}"
         )
     promised = promised_payload_bytes(model) // model.blocks_per_chunk
     if promised and kv.block_bytes != promised:
         raise ValueError(
-            f"kv_caches has {kv.block_bytes} bytes a block in all; by the model description it should have {promised}"
+            f"{argument} has {kv.block_bytes} bytes a block in all; by the model description it should have {promised}"
         )
 
 
@@ -163,12 +167,12 @@ def cache_dtype(model: ModelSpec) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def check_dtypes(kvcaches: KVCaches, model: ModelSpec) -> None:
+def _check_dtypes(kvcaches: KVCaches, model: ModelSpec, argument: str) -> None:
     """Refuses tensors of another dtype than the model's. Raw bytes (uint8, int8) may hold any: engines keep FP8 so."""
     dtype = cache_dtype(model)
     if dtype is None:
         return
-    for item in named_tensors(kvcaches, KVExpectation()):
+    for item in named_tensors(kvcaches, KVExpectation(), argument=argument):
         raw = dtype.itemsize == 1 and item.tensor.dtype in (torch.uint8, torch.int8)
         if item.tensor.dtype != dtype and not raw:
             raise ValueError(f"{item.name} is {item.tensor.dtype}; by the model description it should be {dtype}")

@@ -42,7 +42,8 @@ class PagedKV:
     *inside* a block must be dense, in any order of axes; blocks and planes may lie anywhere.
 
     Keeps the tensors' storages alive; does not notice when the engine moves its cache elsewhere. Raises ValueError that
-    names the tensor and the reason where one cannot be mapped or contradicts ``expect``.
+    names the tensor (``argument``: what the caller calls them) and the reason where one cannot be mapped or contradicts
+    ``expect``.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class PagedKV:
         num_blocks: int | None = None,
         block_axis: int | None = None,
         expect: KVExpectation | None = None,
+        argument: str = "kv_caches",
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, not {block_size}")
         expect = expect or KVExpectation()
-        named = named_tensors(kv_caches, expect)
+        named = named_tensors(kv_caches, expect, argument=argument)
         axes = block_axes(named, block_size=block_size, num_blocks=num_blocks, block_axis=block_axis, expect=expect)
         self.block_size = block_size
         self.device: torch.device = named[0].tensor.device

@@ -60,9 +60,9 @@ BAD = [
     ({"slot_mapping": changed(6, 9)}, r"slot_mapping\[6\] is 9, not block-aligned"),
     ({"slot_mapping": SLOTS.flip(0)}, r"slot_mapping\[0\] is .* not block-aligned"),
     ({"mask": torch.arange(16) >= 8, "slot_mapping": changed(9, 0)}, r"slot_mapping\[9\] is 0, not block-aligned"),
-    ({"kvcaches": {}}, "kv_caches is empty"),
-    ({"kvcaches": "kv"}, "kv_caches must be"),
-    ({"kvcaches": new_tensors(8, layers=2)}, "kv_caches holds 2 layers"),
+    ({"kvcaches": {}}, "kvcaches is empty"),
+    ({"kvcaches": "kv"}, "kvcaches must be"),
+    ({"kvcaches": new_tensors(8, layers=2)}, "kvcaches holds 2 layers"),
     ({"salt": 3}, "salt must be a str"),
     ({"pin": -1}, "pin must be seconds"),
     ({"pin": "long"}, "pin must be seconds"),
@@ -178,12 +178,24 @@ def test_tensors_that_do_not_fit_the_model(engine, runtime_dir, kv_caches, said)
         engine.register_kv_caches(kv_caches)
     with pytest.raises(ValueError, match=said):
         VCacheEngine(VCacheConfig(), model=model_of(), kv_caches=kv_caches)
+    of_a_call = said.replace("kv_caches", "kvcaches")  # which calls it so
+    for call in (engine.store, engine.retrieve):
+        with pytest.raises(ValueError, match=of_a_call):
+            call(range(8), kvcaches=kv_caches, slot_mapping=range(8))
     assert len(list(runtime_dir.glob("client-*"))) == 1, "only the first engine has joined"
 
 
 def test_a_mapping_made_elsewhere_is_checked_too(engine):
     with pytest.raises(ValueError, match="kv_caches .* blocks of 2 tokens"):
         engine.register_kv_caches(PagedKV(new_tensors(8), block_size=2))
+    with pytest.raises(ValueError, match="kvcaches .* blocks of 2 tokens"):
+        engine.store(range(8), kvcaches=PagedKV(new_tensors(8), block_size=2), slot_mapping=range(8))
+
+
+@pytest.mark.parametrize("pin_s", [-1, True, "long"])
+def test_pin_keys_names_its_own_argument(engine, pin_s):
+    with pytest.raises(ValueError, match="pin_s must be seconds"):
+        engine.pin_keys([bytes(16)], pin_s)
 
 
 @pytest.mark.parametrize(
