@@ -355,8 +355,9 @@ class VCacheEngine:
     def remove_keys(self, keys: Sequence[ChunkKey]) -> int:
         """Removes chunks from the pool and the store; how many the pool had. Removed from the pool means gone.
 
-        -1: the server or the store did not confirm it in time, so some may still be there. What another process is writing
-        or promoting at the moment may appear after.
+        Waits for stores of them that are under way, the caller's own among them; what those store is not found.
+        -1: the server or the store did not confirm it in time, so some may still be there. What another process is writing to
+        the store, or promoting from it, at the moment may appear after.
         """
         check_keys("keys", keys)
         removed = self._cache.remove(keys)
@@ -365,7 +366,7 @@ class VCacheEngine:
     def clear(self, *, salt: str | None = None) -> int:
         """Removes every chunk of the tenant that ``salt`` names, or (None) of all, from the pool; how many.
 
-        -1: the server did not confirm it in time. The store keeps what it has.
+        Waits for stores as ``remove_keys`` does. -1: the server did not confirm it in time. The store keeps what it has.
         """
         removed = self._cache.clear(None if salt is None else tenant_of(salt))
         return UNCONFIRMED if removed is None else removed

@@ -15,6 +15,7 @@ from vram_metadata_server.catalog import Catalog
 from vram_metadata_server.index import split_keys
 from vram_metadata_server.members import Session
 from vram_metadata_server.refusal import RefusalError
+from vram_metadata_server.removed import RemovedInTerm
 from vram_metadata_server.reservations import OUTSTANDING_PER_SESSION, UNNAMED, Reservation
 from vram_metadata_server.segments import Segment, SegmentState
 from vram_metadata_server.writes import Writes
@@ -26,9 +27,10 @@ _RANKS: Final = 1
 class Allocations:
     """Grants without keys, and keys for them."""
 
-    def __init__(self, catalog: Catalog, writes: Writes) -> None:
+    def __init__(self, catalog: Catalog, writes: Writes, removed: RemovedInTerm) -> None:
         self._catalog = catalog
         self._writes = writes
+        self._removed = removed
 
     def allocate(self, writer: Session, segment: Segment, request: protocol.Allocate) -> tuple[bytes, bytes]:
         """*allocate*: an outcome byte for each, and the placements of those granted. Raises ``RefusalError``."""
@@ -100,6 +102,8 @@ class Allocations:
         segment = found.segment
         if segment is None or not segment.is_readable or found.incarnation != segment.info.incarnation:
             return Outcome.DECLINED
+        if self._removed.clears(found.tenant, generation):
+            return Outcome.DECLINED  # nobody knows when it was filled
         outcome = self._writes.standing(key, _RANK, _RANKS)
         if outcome is Outcome.GRANTED:
             found.key, found.parent = key, parent

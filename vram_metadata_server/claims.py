@@ -13,7 +13,7 @@ from vram_metadata_server.members import Session
 from vram_metadata_server.removed import RemovedInTerm
 from vram_metadata_server.reservations import NOBODY, UNNAMED, Reservation
 from vram_metadata_server.segments import Segment
-from vram_metadata_server.writes import MAX_GENERATION, Writes
+from vram_metadata_server.writes import MAX_GENERATION, Writes, await_settled
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ class Claims:
             pin_s=0.0,
             deadline=0.0,
             live=False,
-            is_copy=said.is_copy,
         )
         if segment is None:
             self._catalog.reservations.add(claim)
@@ -76,6 +75,8 @@ class Claims:
             if said.generation in segment.gate.retired or (holder and holder.generation == said.generation):
                 return  # memory said that it was committed: its writer has stopped
             self._catalog.reservations.add(claim)
+            if self._is_removed(claim):
+                await_settled(claim, segment.gate.removals)
             self.attach(claim, segment)
         # else: the gate is open, so all that were attached have been heard of, and this one claims what is not its own
 
@@ -83,16 +84,16 @@ class Claims:
         """The writing record that a handover brought has an owner now."""
         reservations = self._catalog.reservations
         reservations.settle(found)
-        found.session, found.ttl_s, found.is_copy = session.id, said.ttl_s, said.is_copy
+        found.session, found.ttl_s = session.id, said.ttl_s
         reservations.add(found)
         self._revive(found)
 
     def _revive(self, claim: Reservation) -> None:
-        """The writer may still commit, if nobody else writes this shard, and what it may be a copy of was not removed."""
+        """The writer may still commit, if nobody else writes this shard, and it was not removed meanwhile."""
         catalog = self._catalog
         if claim.key == UNNAMED:
             return  # an allocation: nobody commits it before it has a key
-        if claim.is_copy and self._removed.covers(claim.key, claim.tenant, claim.generation):
+        if self._is_removed(claim):
             return
         if (
             claim.rank < claim.ranks
@@ -101,3 +102,6 @@ class Claims:
         ):
             catalog.reservations.revive(claim, catalog.now + catalog.settings.reservation_s)
             catalog.index.add_child(claim.parent)
+
+    def _is_removed(self, claim: Reservation) -> bool:
+        return self._removed.covers(claim.key, claim.tenant, claim.generation)

@@ -22,7 +22,7 @@ MEANING: Final = {
     "reserve_no_space": "keys not granted for want of a record or extent",
     "reserve_declined": "keys not granted because no segment could take them, or the session held too many",
     "committed": "reservations that became placements",
-    "commits_refused": "commits of reservations whose deadline had passed, or whose segment is draining or dropped",
+    "commits_refused": "commits of reservations whose deadline had passed, that a removal had called off, or whose segment is draining or dropped",
     "commits_unknown": "commits of reservations that are not there",
     "aborted": "reservations given up by their writer",
     "reservations_expired": "reservations whose key was freed by the deadline",

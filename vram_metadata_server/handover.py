@@ -22,9 +22,9 @@ from vram_metadata_server.refusal import RefusalError
 from vram_metadata_server.removal import Removal
 from vram_metadata_server.removed import RemovedInTerm
 from vram_metadata_server.reservations import NOBODY, Reservation
-from vram_metadata_server.segments import MAX_RECORDS, Retiring, Segment, SegmentState
+from vram_metadata_server.segments import MAX_RECORDS, Segment, SegmentState
 from vram_metadata_server.tombstones import Tombstones
-from vram_metadata_server.writes import MAX_GENERATION, Writes
+from vram_metadata_server.writes import MAX_GENERATION, Writes, await_settled
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,6 @@ class Registrar:
             self._corrupt(segment, str(error))
         if request.last and not gate.handed_over and segment.is_readable:
             gate.handed_over = True
-            gate.settle_removals()
             self.open_if_ready(segment)
         if not segment.is_readable:
             raise RefusalError(
@@ -216,13 +215,15 @@ class Registrar:
             live=False,
         )
         segment.occupy(item.record, found)
+        removed = self.removed.covers(item.key, item.tenant, committed)
+        if removed:
+            await_settled(found, removals)
         if item.generation != committed:  # a writer at work: claimed in a hello, or retired when the gate opens
             catalog.reservations.add(found)
             return 0
         expired = bool(item.expires_s) and item.expires_s <= self._wall_s + catalog.now
-        removed = self.removed.covers(item.key, item.tenant, committed)
         if expired or removed or item.rank >= item.ranks or not catalog.fits(item.key, item.ranks):
-            self._retire(found, removals if removed else [])
+            self._retire(found)
             return 0
         catalog.offer(catalog.admit(segment, found))
         catalog.counters["handed_over"] += 1
@@ -236,14 +237,8 @@ class Registrar:
         self._writes.settle(claim)
         return 0
 
-    def _retire(self, found: Reservation, removals: list[Removal]) -> None:
-        assert found.segment is not None
-        item = Retiring(
-            found.segment, found.record, found.generation, found.key, found.tenant, found.offset, found.nbytes, []
-        )
-        if self._catalog.retire_record(item):
-            for removal in removals:
-                self._catalog.await_retired(item, removal)
+    def _retire(self, found: Reservation) -> None:
+        self._writes.retire(found)
         self._catalog.counters["handover_retired"] += 1
 
     # --- the gate -------------------------------------------------------------------------------------------------
@@ -263,7 +258,7 @@ class Registrar:
             return
         if segment.state is SegmentState.DRAINING:
             if not gate.waiting:
-                self._unclaimed(segment)
+                self._retire_unclaimed(segment)
                 segment.gate = None
                 del self.gated[segment.number]
             return
@@ -271,24 +266,24 @@ class Registrar:
             if gate.wants_new_scan:
                 self._catalog.to_order[segment] = None
             return
-        for found in self._unclaimed(segment):
-            self._retire(found, [])
+        self._retire_unclaimed(segment)
         try:
             segment.open()
         except OverlapError as error:
             self._corrupt(segment, str(error))
             return
+        gate.settle_removals()
         del self.gated[segment.number]
         self._catalog.pressure.check(segment)
         log.info("segment %d serves: %d records", segment.number, segment.kept_records)
 
-    def _unclaimed(self, segment: Segment) -> list[Reservation]:
-        """Takes what a writer was at work on whom nobody heard of: all who may have been have said hello, or are dead."""
+    def _retire_unclaimed(self, segment: Segment) -> None:
+        """What a writer was at work on whom nobody heard of: all who may have been have said hello, or are dead."""
         reservations = self._catalog.reservations
-        found = [r for r in reservations.of_segment(segment.info.segment_id).values() if r.session == NOBODY]
-        for reservation in found:
-            reservations.settle(reservation)
-        return found
+        for found in list(reservations.of_segment(segment.info.segment_id).values()):
+            if found.session == NOBODY:
+                reservations.settle(found)
+                self._retire(found)
 
     # --- segments go ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What was removed in this term, so that a donor that hands its records over only later cannot bring it back."""
+"""What was removed in this term, so that nobody who hands over, claims or names something older later brings it back."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class RemovedInTerm:
             self._bound()
 
     def covers(self, key: bytes, tenant: int, generation: int) -> bool:
-        return (
-            generation < self._everything_below
-            or generation < self._keys.get(key, 0)
-            or generation < self._tenants.get(tenant, 0)
-        )
+        return self.clears(tenant, generation) or generation < self._keys.get(key, 0)
+
+    def clears(self, tenant: int, generation: int) -> bool:
+        """Whether that is gone whatever its key."""
+        return generation < self._everything_below or generation < self._tenants.get(tenant, 0)
 
     def _bound(self) -> None:
         if len(self._keys) + len(self._tenants) > _REMEMBERED:  # too many to remember: later handovers bring nothing

@@ -1,8 +1,8 @@
 """``Remove`` and ``Clear``: gone from the index now, answered when gone from memory.
 
-They end leases and outrank pins: a reader at work finds its record retired and has a miss. A write in flight is not an entry
-yet: it may appear after; a copy in flight of what is removed is called off. What a donor hands over later in this term is
-checked against them (``RemovedInTerm``).
+They end leases and outrank pins: a reader at work finds its record retired and has a miss. What was granted before, and is being
+written or copied still, is called off. What donors hand over or writers claim later in this term is checked against them
+(``RemovedInTerm``).
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ class Removes:
             removal.count += 1
         catalog.counters["removed"] += removal.count
         self._registrar.removed.add(dict.fromkeys(keys, self._writes.next_generation))
-        if catalog.reservations.copies:
-            named = frozenset(keys)
-            self._writes.call_off_copies(lambda copy: copy.key in named, removal)
-        self._await_handovers(removal)
+        self._writes.call_off(catalog.reservations.of_keys(keys), removal)
+        self._await_gates(removal)
         removal.settle()
 
     def clear(self, route: bytes, request: int, tenant: int | None) -> None:
@@ -58,13 +56,13 @@ class Removes:
         below = self._writes.next_generation
         self._tombstones.clear(tenant, below, removal)
         self._registrar.removed.clear(tenant, below)
-        self._writes.call_off_copies(lambda copy: tenant is None or copy.tenant == tenant, removal)
-        self._await_handovers(removal)
+        self._writes.call_off(self._catalog.reservations.of_tenant(tenant), removal)
+        self._await_gates(removal)
         removal.settle()
 
-    def _await_handovers(self, removal: Removal) -> None:
-        """A handover under way may still bring what was removed."""
+    def _await_gates(self, removal: Removal) -> None:
+        """A handover under way, or a writer that has not said hello yet, may still bring what was removed."""
         for segment in self._registrar.gated.values():
-            if segment.gate is not None and not segment.gate.handed_over and segment.is_readable:
+            if segment.gate is not None and segment.is_readable:
                 segment.gate.removals.append(removal)
                 removal.wait()

@@ -15,7 +15,7 @@ A record found in a handover with a writer at work that nobody has claimed yet i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -55,8 +55,7 @@ class Reservation(msgspec.Struct, gc=False, eq=False):
     deadline: float
     live: bool
     stopped: bool = False  # evidence came while it was live; a commit may still be on its way until the deadline
-    is_copy: bool = False  # of a shard that the pool had elsewhere when it was granted
-    next: Reservation | None = None  # another live one of the same shard, into another segment
+    next: Reservation | None = None  # another live one of the same key: another rank's, or into another segment
     waiters: list[Removal] | None = None  # to be answered no earlier than its record is retired
 
 
@@ -67,9 +66,8 @@ class ReservationTable:
         self._by_generation: dict[int, Reservation] = {}
         self._by_session: defaultdict[bytes, dict[int, Reservation]] = defaultdict(dict)
         self._by_segment: defaultdict[bytes, dict[int, Reservation]] = defaultdict(dict)
-        self._live: dict[tuple[bytes, int], Reservation] = {}  # the first of a chain
-        #: Copies that are not settled, by generation.
-        self.copies: dict[int, Reservation] = {}
+        self._live: dict[bytes, Reservation] = {}  # the first of a chain, by key
+        self._expired: dict[int, Reservation] = {}  # those that have a key
         self._deadlines: Deadlines[int] = Deadlines(self._deadline)
 
     def __len__(self) -> int:
@@ -90,39 +88,54 @@ class ReservationTable:
         return self._by_segment.get(segment_id, {})
 
     def live(self, key: bytes, rank: int) -> Reservation | None:
-        """The live reservation of this shard; the first of a chain (``Reservation.next``) when copies of it are made, too."""
-        return self._live.get((key, rank))
+        """A live reservation of this shard; the others, when copies of it are made, follow it (``chain``) among other ranks'."""
+        found = self._live.get(key)
+        while found is not None and found.rank != rank:
+            found = found.next
+        return found
+
+    def of_keys(self, keys: Iterable[bytes]) -> list[Reservation]:
+        """All of these keys, live or expired."""
+        named = set(keys)
+        live = [reservation for key in named for reservation in chain(self._live.get(key))]
+        return live + [reservation for reservation in self._expired.values() if reservation.key in named]
+
+    def of_tenant(self, tenant: int | None) -> list[Reservation]:
+        """All of a tenant (None: of all) that have a key, live or expired."""
+        return [each for each in self if each.key != UNNAMED and (tenant is None or each.tenant == tenant)]
 
     def add(self, reservation: Reservation) -> None:
         generation = reservation.generation
         self._by_generation[generation] = reservation
         self._by_session[reservation.session][generation] = reservation
         self._by_segment[reservation.segment_id][generation] = reservation
-        if reservation.is_copy:
-            self.copies[generation] = reservation
         if reservation.live:
             self._enlist(reservation)
             self._deadlines.push(reservation.deadline, generation)
+        elif reservation.key != UNNAMED:
+            self._expired[generation] = reservation
 
     def expire(self, reservation: Reservation) -> None:
         """Frees the key. The caller takes the child it counted as from its parent."""
         reservation.live = False
-        name = (reservation.key, reservation.rank)
-        first = self._live.pop(name)
+        self._expired[reservation.generation] = reservation
+        key = reservation.key
+        first = self._live.pop(key)
         if first is not reservation:
-            self._live[name] = before = first
+            self._live[key] = before = first
             while before.next is not reservation:
                 assert before.next is not None
                 before = before.next
             before.next = reservation.next
         elif reservation.next is not None:
-            self._live[name] = reservation.next
+            self._live[key] = reservation.next
         reservation.next = None
 
     def revive(self, reservation: Reservation, deadline: float) -> None:
         """Gives a claim whose segment has registered, or an allocation, its key; the caller makes it its parent's child."""
         reservation.live = True
         reservation.deadline = deadline
+        self._expired.pop(reservation.generation, None)  # an allocation is not among them
         self._enlist(reservation)
         self._deadlines.push(deadline, reservation.generation)
 
@@ -130,8 +143,7 @@ class ReservationTable:
         """Forgets an expired reservation: there is evidence that its writer has stopped."""
         generation = reservation.generation
         del self._by_generation[generation]
-        if reservation.is_copy:
-            del self.copies[generation]
+        self._expired.pop(generation, None)
         for table, name in ((self._by_session, reservation.session), (self._by_segment, reservation.segment_id)):
             del table[name][generation]
             if not table[name]:
@@ -143,11 +155,10 @@ class ReservationTable:
             yield self._by_generation[generation]
 
     def _enlist(self, reservation: Reservation) -> None:
-        name = (reservation.key, reservation.rank)
-        first = self._live.setdefault(name, reservation)
+        first = self._live.setdefault(reservation.key, reservation)
         if first is not reservation:
             reservation.next = first
-            self._live[name] = reservation
+            self._live[reservation.key] = reservation
 
     def _deadline(self, generation: int) -> float | None:
         reservation = self._by_generation.get(generation)
@@ -160,12 +171,14 @@ class ReservationTable:
         assert {g for of in self._by_segment.values() for g in of} == everything
         live = {g for g, reservation in self._by_generation.items() if reservation.live}
         assert {each.generation for first in self._live.values() for each in chain(first)} == live
-        assert {g for g, reservation in self._by_generation.items() if reservation.is_copy} == set(self.copies)
+        assert all(each.key == key for key, first in self._live.items() for each in chain(first))
+        expired = {g for g, each in self._by_generation.items() if not each.live and each.key != UNNAMED}
+        assert expired == set(self._expired)
         assert all(self._deadlines.covers(generation, self._by_generation[generation].deadline) for generation in live)
 
 
 def chain(first: Reservation | None) -> Iterator[Reservation]:
-    """A live reservation and those of the same shard that follow it."""
+    """A live reservation and those of the same key that follow it."""
     while first is not None:
         yield first
         first = first.next

@@ -67,7 +67,7 @@ class Gate:
         self.waiting = waiting  # sessions: attached writers without a hello in this term, not proven dead
         self.is_settled = not waiting  # nobody was waited for when the present scan began
         self.retired: set[int] = set()  # generations retired meanwhile: a page may have been scanned before
-        self.removals: list[Removal] = []  # to be answered only after the handover: it may bring what they remove
+        self.removals: list[Removal] = []  # to be answered only after it has opened: it may bring what they remove
 
     def begin_again(self, waiting: set[bytes]) -> None:
         """The segment registers again: a new scan begins."""
@@ -86,7 +86,7 @@ class Gate:
         return self.handed_over and not self.is_settled and not self.waiting
 
     def settle_removals(self) -> None:
-        """The handover is over, or will never be."""
+        """It has opened, or never will."""
         removals, self.removals = self.removals, []
         for removal in removals:
             removal.settle()

@@ -8,7 +8,7 @@ expires* (time frees the key, nothing else), *heartbeat settles*, *writer proven
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from vcache import protocol
@@ -78,7 +78,7 @@ class Writes:
                 if best is None or len(granted) >= room:
                     outcome = _DECLINED
                 else:
-                    packed = self._grant(writer, request, key, parent, able, is_copy)
+                    packed = self._grant(writer, request, key, parent, able)
                     if packed is None:
                         outcome = _NO_SPACE
                     else:
@@ -117,8 +117,9 @@ class Writes:
         if entry is None or len(entry.shards) != request.ranks or entry.shards[request.rank] is None:
             return _DECLINED
         placements = copies_of(entry.shards[request.rank])
-        writing = chain(self._catalog.reservations.live(key, request.rank))
-        there = [*(placement.segment for placement in placements), *(other.segment for other in writing)]
+        live = chain(self._catalog.reservations.live(key, request.rank))
+        writing = [other.segment for other in live if other.rank == request.rank]
+        there = [*(placement.segment for placement in placements), *writing]
         is_there = any(segment is not None and is_target(segment, writer, request) for segment in there)
         return _EXISTS if is_there else _GRANTED
 
@@ -130,7 +131,7 @@ class Writes:
         return entry
 
     def _grant(
-        self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment], is_copy: bool
+        self, writer: Session, request: protocol.Reserve, key: bytes, parent: bytes, able: list[Segment]
     ) -> bytes | None:
         nbytes = request.nbytes
         found: tuple[int, int] | None = None
@@ -164,8 +165,6 @@ class Writes:
             request.pin_s,
             catalog.now + catalog.settings.reservation_s,
             True,  # live
-            False,
-            is_copy,
         )
         segment.records[record] = reservation
         catalog.reservations.add(reservation)
@@ -246,7 +245,6 @@ class Writes:
             if reservation.segment is segment:
                 self._expire(reservation)
                 reservation.segment = None
-                _answer(reservation)
                 # A record that was found without an owner is found again if its memory comes back.
                 if reservation.stopped or reservation.session == NOBODY:
                     self.settle(reservation)
@@ -266,15 +264,18 @@ class Writes:
         for reservation in list(self._catalog.reservations.of_session(session).values()):
             self._stopped(reservation)
 
-    def call_off_copies(self, is_removed: Callable[[Reservation], bool], removal: Removal) -> None:
-        """What they copy was removed: their commits are refused, and the removal is answered when they are gone from memory."""
-        for reservation in [copy for copy in self._catalog.reservations.copies.values() if is_removed(copy)]:
-            removal.wait()
-            reservation.waiters = [*(reservation.waiters or ()), removal]
+    def call_off(self, writes: Iterable[Reservation], removal: Removal) -> None:
+        """What they write was removed: their commits are refused, and the removal is answered when they are gone from memory.
+
+        A writer that has committed in memory and is refused is gone only then: until its record is retired, a handover to the
+        next server could bring it.
+        """
+        for reservation in writes:
+            segment = reservation.segment
+            if segment is None or segment.is_readable:  # else it is being drained: nothing comes back from there
+                await_settled(reservation, [removal])
             self._expire(reservation)
-            if reservation.segment is None:
-                _answer(reservation)
-            elif reservation.stopped:
+            if reservation.stopped:
                 self.settle(reservation)
 
     def forget_claims(self, session: bytes) -> None:
@@ -306,9 +307,12 @@ class Writes:
 
     def settle(self, reservation: Reservation) -> None:
         """There is evidence that the writer of an expired reservation has stopped: its record is to be retired."""
-        catalog = self._catalog
-        catalog.reservations.settle(reservation)
-        catalog.counters["reservations_settled"] += 1
+        self._catalog.reservations.settle(reservation)
+        self._catalog.counters["reservations_settled"] += 1
+        self.retire(reservation)
+
+    def retire(self, reservation: Reservation) -> None:
+        """Orders the record of a reservation that is in the table no more to be retired; removals wait for that."""
         segment = reservation.segment
         if segment is None or segment.state is SegmentState.DROPPED:
             _answer(reservation)
@@ -323,7 +327,7 @@ class Writes:
             reservation.nbytes,
             [],
         )
-        if catalog.retire_record(item):
+        if self._catalog.retire_record(item):
             item.waiters.extend(reservation.waiters or ())
         else:
             _answer(reservation)
@@ -336,6 +340,13 @@ def _check(request: protocol.Reserve) -> None:
         raise RefusalError(ErrorCode.BAD_REQUEST, f"rank {request.rank} of {request.ranks} ranks")
     if not request.nbytes:
         raise RefusalError(ErrorCode.BAD_REQUEST, "nbytes: an empty payload")
+
+
+def await_settled(reservation: Reservation, removals: Iterable[Removal]) -> None:
+    """The removals are answered no earlier than there is evidence, and the record is retired."""
+    for removal in removals:
+        removal.wait()
+        reservation.waiters = [*(reservation.waiters or ()), removal]
 
 
 def _answer(reservation: Reservation) -> None:

@@ -17,6 +17,12 @@ def is_taken(server: Server, key: str) -> bool:
     return any(p.key == key for p in server.entries) or any(r.is_live and r.key == key for r in server.reservations)
 
 
+def is_removed(server: Server, key: str, generation: int) -> bool:
+    """Whether this term's removal covers what was granted as this generation."""
+    below = server.removed_below
+    return below is not None and below[0] == key and generation < below[1]
+
+
 def with_item(values: tuple[str, ...], at: int, value: str) -> tuple[str, ...]:
     return (*values[:at], value, *values[at + 1 :])
 

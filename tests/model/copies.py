@@ -1,4 +1,4 @@
-"""Copies within the pool, as demotion and promotion make them: *reserve* for a copy, the copy, the check of its source, removal.
+"""Copies within the pool, as demotion and promotion make them: *reserve* for a copy, the copy, the check of its source.
 
 In the model all placements lie in one segment; the protocol is the same, wherever a copy goes: it is granted while the pool has
 the chunk once, and nobody else copies it. A donor that pulls from another host reads payload and record before it asks for space.
@@ -6,7 +6,7 @@ the chunk once, and nobody else copies it. A donor that pulls from another host 
 
 from __future__ import annotations
 
-from tests.model.changes import moved, settle, with_item
+from tests.model.changes import is_removed, moved, settle, with_item
 from tests.model.state import Reservation, Server, State, Steps, Variant, Writer
 
 
@@ -56,20 +56,9 @@ def pull_steps(state: State, variant: Variant, number: int, writer: Writer) -> S
 
 
 def may_revive(server: Server, claim: Reservation) -> bool:
-    """Whether a claim may still be committed: nobody else writes this chunk, and it is no copy of what was removed."""
+    """Whether a claim may still be committed: nobody else writes this chunk, and it was not removed."""
     if any(r.is_live and r.key == claim.key for r in server.reservations):
         return False
-    if not claim.is_copy:
-        return not any(placement.key == claim.key for placement in server.entries)
-    below = server.removed_below
-    return below is None or below[0] != claim.key or claim.generation >= below[1]
-
-
-def call_off_copies(server: Server, key: str) -> Server:
-    """*remove* ends the reservations of copies of the key: their commits are refused."""
-    for copy in [r for r in server.reservations if r.is_copy and r.key == key]:
-        if copy.is_stopped:
-            server = settle(server, copy)
-        else:
-            server = server._replace(reservations=server.reservations - {copy} | {copy._replace(is_live=False)})
-    return server
+    if is_removed(server, claim.key, claim.generation):
+        return False
+    return claim.is_copy or not any(placement.key == claim.key for placement in server.entries)

@@ -12,9 +12,20 @@ not safety).
 
 from __future__ import annotations
 
-from tests.model.changes import is_taken, moved, placed, reservation_of, settle, with_item, with_record, with_writer
-from tests.model.copies import call_off_copies, copy_steps, may_copy, may_revive, pull_steps
+from tests.model.changes import (
+    is_removed,
+    is_taken,
+    moved,
+    placed,
+    reservation_of,
+    settle,
+    with_item,
+    with_record,
+    with_writer,
+)  # fmt: skip
+from tests.model.copies import copy_steps, may_copy, may_revive, pull_steps
 from tests.model.own_segment import in_place_steps, is_held, late_steps
+from tests.model.removal import answer_removal, awaiting, gate_opened, remove, retire_placement
 from tests.model.state import (
     FREE,
     Donor,
@@ -211,6 +222,7 @@ def _hello(state: State, variant: Variant, number: int, writer: Writer) -> Steps
         )  # fmt: skip
         if server.incarnation == writer.incarnation and claim.key and may_revive(server, claim):
             claim = claim._replace(is_live=True)
+        server = awaiting(server, claim.key, claim.generation)
         server = server._replace(reservations=server.reservations - {found} | {claim})
     yield f"writer {writer.key}: hello", with_writer(state._replace(server=_open(server)), number, renewed)
 
@@ -291,8 +303,8 @@ def _handover(state: State, variant: Variant) -> Steps:
     assert donor.pages is not None
     if not donor.pages:
         over = server._replace(is_handed_over=True)
-        if over.removal is not None:
-            over = over._replace(removal=(over.removal[0], over.removal[1], False))
+        if not variant.removals_wait_for_gates:
+            over = gate_opened(over)
         yield "handover ends", state._replace(server=_open(over), donor=donor._replace(pages=None))
         return
     at, record = donor.pages[0]
@@ -305,6 +317,7 @@ def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
     server = server._replace(next_generation=max(server.next_generation, generation + 2))
     if generation in server.retired:
         return server  # scanned before it was retired
+    server = awaiting(server, record.key, generation)
     held = reservation_of(server, generation)
     if record.generation % 2 and held is None and not any(p.generation == generation for p in placed(server)):
         nobodys = Reservation(generation, -1, record.key, at, record.cell, server.incarnation, is_live=False)
@@ -314,12 +327,7 @@ def _take(server: Server, at: int, record: Record, variant: Variant) -> Server:
     if held is not None:
         server = server._replace(reservations=server.reservations - {held})
     retire = Retire(at, generation, record.cell, record.key)
-    removed = server.removed_below
-    is_removed = removed is not None and removed[0] == record.key and generation < removed[1]
-    if (held is not None and not held.is_live) or is_removed:
-        removal = server.removal
-        if is_removed and removal is not None:
-            server = server._replace(removal=(removal[0], removal[1] | {generation}, removal[2]))
+    if (held is not None and not held.is_live) or is_removed(server, record.key, generation):
         return server._replace(retiring=server.retiring | {retire})
     return server._replace(entries=server.entries | {Placement(record.key, at, generation, record.cell)})
 
@@ -331,17 +339,13 @@ def _server_steps(state: State, variant: Variant) -> Steps:
     server = state.server
     if state.evictions and server.is_open:
         for placement in server.entries:
-            evicted = _retire_placement(server, placement)
+            evicted = retire_placement(server, placement)
             yield f"evict {placement.key}", state._replace(server=evicted, evictions=state.evictions - 1)
     if state.removals and server.removal is None:
         for key in sorted({writer.key for writer in state.writers}):
-            yield f"remove {key}", _remove(state, variant, key)
+            yield f"remove {key}", remove(state, variant, key)
     if server.removal is not None:
-        key, waits, awaits_handover = server.removal
-        held: list[Retire | Reservation] = [*server.retiring, *server.reservations]
-        if not awaits_handover and not waits & {item.generation for item in held}:
-            answered = server._replace(removal=None)
-            yield f"removal of {key} answered", state._replace(server=answered, gone=state.gone | waits)
+        yield from answer_removal(state, server.removal)
     if state.silences and server.incarnation and state.donor.term == server.term and not state.donor.was_dropped:
         dropped = server._replace(
             entries=frozenset(),
@@ -353,40 +357,15 @@ def _server_steps(state: State, variant: Variant) -> Steps:
             is_open=False,
             waiting=frozenset(),
             retired=frozenset(),
-            removal=None if server.removal is None else (server.removal[0], server.removal[1], False),
         )
         donor = Donor(state.donor.term, state.donor.incarnation, was_dropped=True)
         yield "drop segment: its donor is silent", state._replace(
-            server=dropped, donor=donor, silences=state.silences - 1
+            server=gate_opened(dropped), donor=donor, silences=state.silences - 1
         )  # fmt: skip
     if state.restarts:
         fresh = Server(term=server.term + 1, next_generation=server.next_generation)
         donor = state.donor._replace(pages=None, done=frozenset())
         yield "server restarts", state._replace(server=fresh, donor=donor, restarts=state.restarts - 1)
-
-
-def _remove(state: State, variant: Variant, key: str) -> State:
-    server = state.server
-    waits = {item.generation for item in server.retiring if item.key == key}
-    for placement in [placement for placement in server.entries if placement.key == key]:
-        waits.add(placement.generation)
-        server = _retire_placement(server, placement)
-    server = server._replace(removed_below=(key, server.next_generation))
-    copies = {r.generation for r in server.reservations if r.is_copy and r.key == key}
-    if variant.removals_call_off_copies:
-        server, waits = call_off_copies(server, key), waits | copies
-    elif copies:
-        state = state._replace(gone=state.gone | copies)
-    after = state._replace(removals=state.removals - 1)
-    if not variant.answers_removals_late:
-        return after._replace(server=server, gone=state.gone | waits)
-    is_handing_over = bool(server.incarnation) and not server.is_handed_over
-    return after._replace(server=server._replace(removal=(key, frozenset(waits), is_handing_over)))
-
-
-def _retire_placement(server: Server, placement: Placement) -> Server:
-    retire = Retire(placement.record, placement.generation, placement.cell, placement.key)
-    return server._replace(entries=server.entries - {placement}, retiring=server.retiring | {retire})
 
 
 def _open(server: Server) -> Server:
@@ -396,7 +375,7 @@ def _open(server: Server) -> Server:
     for reservation in server.reservations:
         if reservation.writer < 0:
             server = settle(server, reservation)
-    return server._replace(is_open=True, retired=frozenset())
+    return gate_opened(server._replace(is_open=True, retired=frozenset()))
 
 
 # --- a reader -----------------------------------------------------------------------------------------------------------
@@ -429,7 +408,7 @@ def _reader_steps(state: State, variant: Variant) -> Steps:
         else:
             server = state.server
             if placement in server.entries:
-                server = _retire_placement(server, placement)
+                server = retire_placement(server, placement)
             yield "reader reports", state._replace(reader=Reader(), server=server)
 
 

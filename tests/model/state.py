@@ -35,7 +35,8 @@ class Variant:
     heartbeats_say_seen: bool = True  # otherwise absence settles also a grant that is still on its way
     claims_only_unfinished: bool = True  # a hello leaves out what is committed in memory; otherwise claims that, too
     copies_check_their_source: bool = True  # after the copy; otherwise what was copied is committed as it is
-    removals_call_off_copies: bool = True  # otherwise a copy under way of what is removed is committed as any write is
+    removals_call_off_writes: bool = True  # otherwise a write under way of what is removed is committed as any other
+    removals_wait_for_gates: bool = True  # otherwise for the last page of the handover only
     holds_keep_records: bool = True  # what the donor's process reads in place is not retired; otherwise it is
     retires_on_return: bool = True  # a donor dropped for silence retires all and takes a new incarnation; otherwise not
 
@@ -116,6 +117,13 @@ class Donor(NamedTuple):
     done: frozenset[Retire] = frozenset()  # retired in memory, not yet told
 
 
+class Removal(NamedTuple):
+    key: str
+    waits: frozenset[int]  # generations that have to be gone from memory first
+    awaits_gate: bool  # as long as that is closed, a writer or the handover may bring more of them
+    gone: frozenset[int]  # every generation of the key that was granted before: what the answer promises
+
+
 class Server(NamedTuple):
     term: int = 1
     next_generation: int = 2
@@ -129,8 +137,8 @@ class Server(NamedTuple):
     waiting: frozenset[int] = frozenset()  # attached writers without a hello in this term
     retired: frozenset[int] = frozenset()  # generations retired since the registration, while the gate is closed
     known: frozenset[int] = frozenset()  # writers that said hello in this term
-    removal: tuple[str, frozenset[int], bool] | None = None  # key, generations it waits for, and for the handover
-    removed_below: tuple[str, int] | None = None  # what a later handover may not bring back
+    removal: Removal | None = None  # under way
+    removed_below: tuple[str, int] | None = None  # what a later handover or claim may not bring back
 
 
 class Reader(NamedTuple):

@@ -15,6 +15,12 @@ HOLD = {
     "one extent, eviction, kill, restart": Variant(),
     "two writers of one key": Variant(keys=("A", "A"), cells=2, kills=0, evictions=0),
     "removal and restart": Variant(removals=1, evictions=0, kills=0),
+    "removal, the writer killed": Variant(keys=("A",), removals=1),
+    "removal, two restarts": Variant(keys=("A",), cells=2, removals=1, restarts=2),
+    "removal, donor silent, restart": Variant(keys=("A",), removals=1, silences=1),
+    "removal, another writes that chunk": Variant(
+        keys=("A", "A"), cells=2, removals=1, evictions=0, kills=0, restarts=0
+    ),
     "two restarts": Variant(restarts=2, evictions=0, kills=0),
     "donor silent, restart": Variant(silences=1, evictions=0, kills=0),
     "donor silent, removal": Variant(silences=1, removals=1, evictions=0, kills=0, restarts=0),
@@ -70,12 +76,20 @@ BREAK = {
         Variant(copied=("A",), cells=2, copies_check_their_source=False, restarts=0, kills=0),
         "wrong bytes served",
     ),
+    "a write under way outlives a removal": (
+        Variant(keys=("A",), removals_call_off_writes=False, removals=1, evictions=0, kills=0, restarts=0),
+        "was removed, answered, and is back",
+    ),
+    "a removal is answered before all writers have said hello": (
+        Variant(keys=("A",), removals_wait_for_gates=False, removals=1, restarts=2, evictions=0, kills=0),
+        "was removed, answered, and is back",
+    ),
     "a pull outlives a removal": (
         Variant(
             keys=("A",),
             pulled=("A",),
             cells=2,
-            removals_call_off_copies=False,
+            removals_call_off_writes=False,
             removals=1,
             evictions=0,
             kills=0,
@@ -88,7 +102,7 @@ BREAK = {
             keys=("A",),
             copied=("A",),
             cells=2,
-            removals_call_off_copies=False,
+            removals_call_off_writes=False,
             removals=1,
             evictions=0,
             kills=0,

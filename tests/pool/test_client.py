@@ -42,6 +42,16 @@ def test_without_a_server_it_is_an_empty_cache_at_once(runtime_dir, open_client)
     assert client.counters["calls_skipped"] == 9
 
 
+def test_a_removal_that_is_not_answered_counts_as_timed_out(quick, open_client, monkeypatch):
+    monkeypatch.setattr("vcache.pool.client._REMOVAL_EXTRA_S", -2.0)  # a second is left of the liveness deadline
+    config, server = quick
+    client = open_client(config)
+    server.suspend()
+    assert client.remove(KEYS) is None
+    assert client.counters["calls_timed_out"] == 1
+    server.resume()
+
+
 def test_it_connects_by_itself_once_there_is_a_server(runtime_dir, open_client, open_donor, processes):
     config = VCacheConfig(runtime_dir=str(runtime_dir), **QUICK)
     client = open_client(config, available=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_what_is_present_or_being_written_is_not_written_again(pool):
     fill(first, keys[1:2])
     assert (first.complete(), second.complete()) == (1, 1)
     assert load(client, keys) == 3
+
+
+@pytest.mark.parametrize("removal", ["remove", "clear"])
+def test_what_was_being_written_when_it_was_removed_is_not_found(pool, open_client, removal: str):
+    client, donor = pool
+    other = open_client(client.config)
+    keys = new_keys(2)
+    write = start_write(client, keys)
+    fill(write, keys)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(other.clear) if removal == "clear" else threads.submit(other.remove, b"".join(keys))
+        again: list[Outcome] = []
+
+        def is_free() -> bool:
+            again[:] = (second := start_write(other, keys)).outcomes
+            second.abort()
+            return again == [Outcome.GRANTED] * 2
+
+        until(is_free, "the removal has freed the keys")
+        assert not answer.done(), "what is committed in memory now would be found there by the next server"
+        write.complete()
+        assert answer.result(30.0) == 0
+    assert load(other, keys) == 0
+    assert not any(record.generation for record in donor.segment.scan())
+    until(lambda: nothing_is_held(client), "reservations are given back")
+    assert store(client, keys) == load(other, keys) == 2, "what is stored afterwards is"
 
 
 def test_nothing_is_visible_before_it_is_complete(pool):

@@ -199,7 +199,6 @@ class Client:
                 nbytes=nbytes,
                 tokens=256,
                 ttl_s=more.get("ttl_s", 0),
-                is_copy="into" in more or "into_tier" in more,
             )
             self.outstanding[generation] = Write(said, self.world.memories[info.segment_id])
         return outcomes

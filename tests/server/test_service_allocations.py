@@ -54,6 +54,36 @@ def test_a_key_that_is_given_has_its_deadline(world: World, own: Donation) -> No
     assert writer.hits(keys(1)) == 0, "its commit came too late"
 
 
+def test_what_was_allocated_before_a_clear_is_given_no_name_after_it(world: World, own: Donation) -> None:
+    donor, other = own.donor, Client(world, "o")
+    allocate(own, 3)
+    assert assign(donor, keys(1)) == [GRANTED]
+    number = other.send(protocol.Clear, 0, True)
+    assert assign(donor, keys(2)) == [DECLINED], "it may have been filled before"
+    finish(donor)
+    world.settle()
+    assert other.answer(number).count == 0, "not for what has no name"
+    assert other.hits(keys(1)) == 0
+    for write in unnamed(donor):
+        donor.abort(write)
+    donor.flush()
+    world.settle()
+    allocate(own, 1)
+    assert assign(donor, keys(1)) == [GRANTED]
+    finish(donor)
+    assert other.hits(keys(1)) == 1
+    world.check()
+
+
+def test_what_was_allocated_before_a_removal_may_be_named_after_it(world: World, own: Donation) -> None:
+    allocate(own, 1)
+    assert Client(world, "o").call(protocol.Remove, key(1)).count == 0
+    assert assign(own.donor, keys(1)) == [GRANTED]
+    finish(own.donor)
+    assert own.donor.hits(keys(1)) == 1
+    world.check()
+
+
 def test_a_full_segment_allocates_what_it_has_and_makes_room(world: World, own: Donation) -> None:
     donor = own.donor
     donor.store(keys(1, 2))

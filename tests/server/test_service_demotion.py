@@ -169,7 +169,7 @@ def test_a_donor_killed_before_the_copy_is_committed_leaves_no_trace(
     world.pass_time(12.0)
     world.settle()
     world.check()
-    assert not world.service.catalog.reservations.copies
+    assert not world.service.catalog.reservations.of_tenant(None)
     if who == "vram":
         assert not any(record.generation for record in dram.memory.records), "space below is given back"
     else:

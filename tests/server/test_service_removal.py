@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.server.world import Client, World, key, keys
 from vcache import protocol
 from vcache.protocol import Outcome
@@ -104,6 +106,117 @@ def test_clear_everything(world: World) -> None:
     world.settle()
     assert first.donor.answer(number).count == 3
     assert all(record.generation == 0 for donation in (first, second) for record in donation.memory.records)
+
+
+@pytest.mark.parametrize("remove", ["remove", "clear"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_what_was_reserved_before_a_removal_is_not_found_after_it(world: World, remove: str, steps: int) -> None:
+    writer, other = world.donor("d").donor, Client(world, "o")
+    writer.reserve(keys(1), rank=1, ranks=2, tenant=7)
+    (write,) = writer.outstanding.values()
+    for _ in range(steps):
+        writer.advance(write)
+    number = other.send(protocol.Remove, key(1)) if remove == "remove" else other.send(protocol.Clear, 7, False)
+    world.settle()
+    assert other.answer(number) is None, "it may be committed in memory, and found there by the next server"
+    assert Client(world, "w").reserve(keys(1), rank=1, ranks=2, tenant=7) == [GRANTED], "but its key is free"
+    while write.said.generation in writer.outstanding:
+        writer.advance(write)
+    world.settle()
+    assert other.answer(number).count == 0
+    assert world.placements() == set()
+    world.check()
+
+
+def test_what_is_written_of_another_key_or_tenant_outlives_a_removal(world: World) -> None:
+    writer, other = world.donor("d").donor, Client(world, "o")
+    for number, tenant in ((1, 7), (2, 8)):
+        writer.reserve(keys(number), tenant=tenant)
+    clear = other.send(protocol.Clear, 9, False)
+    world.settle()
+    assert other.answer(clear).count == 0
+    assert other.call(protocol.Remove, key(3)).count == 0
+    for write in list(writer.outstanding.values()):
+        while write.said.generation in writer.outstanding:
+            writer.advance(write)
+    writer.flush()
+    assert other.hits(keys(1)) == other.hits(keys(2)) == 1
+
+
+@pytest.mark.parametrize("end", ["commit", "abort", "death", "goodbye", "silence"])
+def test_a_clear_is_answered_whatever_becomes_of_the_writer_it_has_called_off(world: World, end: str) -> None:
+    donation, writer, other = world.donor("d"), Client(world, "w"), Client(world, "o")
+    writer.reserve(keys(1))
+    (write,) = writer.outstanding.values()
+    number = other.send(protocol.Clear, 0, True)
+    if end == "commit":
+        while write.said.generation in writer.outstanding:
+            writer.advance(write)
+    elif end == "abort":
+        writer.abort(write)
+    elif end == "death":
+        writer.kill(messages_arrive=False)
+    elif end == "goodbye":
+        writer.goodbye()
+    else:
+        donation.donor.kill(messages_arrive=False)  # with the segment; nobody is left to prove anything
+        writer.is_suspended = True
+    for _ in range(3):
+        world.pass_time(6.0)
+        world.settle()
+    assert other.answer(number).count == 0
+    assert world.placements() == set()
+    world.check()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_clear_after_a_restart_calls_off_what_its_writer_has_yet_to_claim(world: World, steps: int) -> None:
+    donation, writer, other = world.donor("d"), Client(world, "w"), Client(world, "o")
+    writer.reserve(keys(1))
+    (write,) = writer.outstanding.values()
+    for _ in range(steps):
+        writer.advance(write)
+    writer.is_suspended = True
+    world.restart_server()
+    world.beat()
+    donation.hand_over()
+    number = other.send(protocol.Clear, 0, True)
+    world.settle()
+    assert other.answer(number) is None, "a writer has not been heard of"
+    writer.is_suspended = False
+    writer.heartbeat()
+    while write.said.generation in writer.outstanding:
+        writer.advance(write)
+    writer.flush()
+    for _ in range(3):
+        world.beat()
+        donation.hand_over()
+        world.settle()
+    assert other.answer(number) is not None
+    world.restart_server()
+    world.beat()
+    donation.hand_over()
+    assert other.hits(keys(1)) == 0
+    world.check()
+
+
+def test_a_writer_called_off_is_waited_for_although_its_segment_goes_and_comes_back(world: World) -> None:
+    donation, writer, other = world.donor("d"), Client(world, "w"), Client(world, "o")
+    writer.reserve(keys(1))
+    (write,) = writer.outstanding.values()
+    number = other.send(protocol.Clear, 0, True)
+    donation.donor.is_suspended = True
+    world.pass_time(6.0)
+    donation.donor.is_suspended = False
+    world.pass_time(2.0)
+    donation.hand_over()
+    assert other.answer(number) is None
+    for _ in range(3):
+        writer.advance(write)
+    world.restart_server()  # before it is told
+    world.beat()
+    donation.hand_over()
+    assert other.answer(number) is None, "it was never answered: what is there is no broken promise"
 
 
 def test_removing_a_chunk_ends_its_leases_usefulness_not_the_lease(world: World) -> None:

@@ -19,7 +19,7 @@ from vcache import protocol
 from vcache.protocol import Tier
 from vram_metadata_server.index import Placement
 from vram_metadata_server.integrity import check_integrity
-from vram_metadata_server.reservations import Reservation
+from vram_metadata_server.reservations import ReservationTable
 from vram_metadata_server.segments import SegmentState
 from vram_metadata_server.service import Service
 
@@ -188,7 +188,7 @@ class Pool(Members):
             client.flush()
             self._note_indexed()
             gone = {g for g, (found, _) in self.indexed.items() if found == key(f"{name}{at}")}
-            gone |= {g for g, copy in self.copies().items() if copy.key == key(f"{name}{at}")}
+            gone |= {write.generation for write in self.reservations().of_keys([key(f"{name}{at}")])}
             number = client.send(protocol.Remove, key(f"{name}{at}"))
             self.removals.append((client, number, gone, self.world.service.term))
 
@@ -199,7 +199,7 @@ class Pool(Members):
             client.flush()
             self._note_indexed()
             gone = {g for g, (_, found) in self.indexed.items() if everything or found == tenant}
-            gone |= {g for g, copy in self.copies().items() if everything or copy.tenant == tenant}
+            gone |= {write.generation for write in self.reservations() if everything or write.tenant == tenant}
             number = client.send(protocol.Clear, tenant, everything)
             self.removals.append((client, number, gone, self.world.service.term))
 
@@ -255,8 +255,8 @@ class Pool(Members):
                         "a removed entry is back"
                     )
 
-    def copies(self) -> dict[int, Reservation]:
-        return self.world.service.catalog.reservations.copies
+    def reservations(self) -> ReservationTable:
+        return self.world.service.catalog.reservations
 
     def _note_indexed(self) -> None:
         index = self.world.service.catalog.index

@@ -303,7 +303,10 @@ class PoolClient:
         return self._count_of(lambda id_, session, term: protocol.Unpin(id_, session, term, keys))
 
     def remove(self, keys: bytes) -> int | None:
-        """Removes chunks; how many. Returns once they are gone from memory, too; ``None`` when that is not said in time."""
+        """Removes chunks; how many. Returns once they are gone from memory, too; ``None`` when that is not said in time.
+
+        Writes of them that are under way, this client's among them, are not found, and are waited for.
+        """
         _check_keys(keys)
         return self._removed(lambda id_, session, term: protocol.Remove(id_, session, term, keys))
 

@@ -230,7 +230,6 @@ class Session:
                     nbytes=nbytes,
                     tokens=request.tokens,
                     ttl_s=request.ttl_s,
-                    is_copy=bool(request.into) or request.into_tier is not None,
                 )
             outcomes = reply.outcomes.ljust(keys, bytes([Outcome.DECLINED]))
             return Granted(outcomes, placements, infos)

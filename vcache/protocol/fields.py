@@ -118,7 +118,6 @@ class Reservation(msgspec.Struct, array_like=True, frozen=True, gc=False):
     nbytes: U63
     tokens: U32
     ttl_s: U32
-    is_copy: bool = False  # reserved with ``Reserve.into`` or ``into_tier``
 
 
 class RecordInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
