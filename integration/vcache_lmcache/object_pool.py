@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import torch
 
 from vcache.devices import checked_device, device_name
+from vcache.errors import UnavailableError
 from vcache.failures import FailureLog
 from vcache.keys import ChunkKey, parts_of
 from vcache.log import configure
@@ -193,13 +194,13 @@ class ObjectPool:
         """Removes objects; how many. They are gone from memory when it returns; ``None`` when that could not be had in time."""
         with self.failures.contained("remove"):
             removed = [self.client.remove(b"".join(part)) for part in parts_of(keys)]
-            return None if None in removed else sum(count or 0 for count in removed)
+            return self._confirmed("remove", None if None in removed else sum(count or 0 for count in removed))
         return None
 
     def clear(self, tenant: int) -> int | None:
         """Removes everything of a tenant; how many, as ``remove`` says it."""
         with self.failures.contained("clear"):
-            return self.client.clear(tenant)
+            return self._confirmed("clear", self.client.clear(tenant))
         return None
 
     def stats(self) -> ServerStats | None:
@@ -213,6 +214,12 @@ class ObjectPool:
         if self.donor is not None:
             self.donor.close()
         self.client.close()
+
+    def _confirmed(self, operation: str, removed: int | None) -> int | None:
+        """Counts and says a removal that was not confirmed: to LMCache it looks like one that found nothing."""
+        if removed is None:
+            self.failures.record(operation, UnavailableError("not confirmed by all; some objects may still be there"))
+        return removed
 
     def _donate(self, device: torch.device, role: str) -> Donor:
         segment_id = secrets.token_bytes(16)

@@ -149,6 +149,17 @@ def test_clear_removes_what_lmcache_stored_of_this_model_and_nothing_else(
     assert other.lmcache.lookup(PROMPT) == len(PROMPT)
 
 
+def test_a_removal_that_was_not_confirmed_is_no_removal_of_nothing(
+    runtime_dir, open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_engine({"client": {"connect_timeout": "10ms"}})  # and no server
+    keys = engine_keys(engine)
+    assert engine.plugin.batched_remove(keys) == 0
+    assert "remove failed (UnavailableError: not confirmed by all" in caplog.text
+    assert engine.plugin.clear() == 0
+    assert "clear failed (UnavailableError: not confirmed by all" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("use_mla", "kv", "fmt"), [(False, 2, MemoryFormat.KV_2LTD), (True, 1, MemoryFormat.KV_MLA_FMT)]
 )

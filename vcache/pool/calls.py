@@ -138,6 +138,8 @@ class Calls:
         reply = self._deferred.pop(request_id, None)
         if isinstance(reply, expected):
             return take(reply)
+        if reply is None and request_id and epoch == self._session.epoch:
+            self._count("calls_timed_out")
         self._refused(reply, epoch)
         return None
 
