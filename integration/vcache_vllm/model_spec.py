@@ -13,18 +13,35 @@ from typing import Any, Final
 
 import torch
 import vllm
+from vllm.config.utils import normalize_value
 from vllm.distributed.utils import get_pp_indices
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
 from vcache.errors import ConfigError
 from vcache.keys import ModelSpec
 from vcache_vllm.parallel import RankPlace
+from vcache_vllm.weights import weights_digest
 
-_WEIGHT_FILES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_SAMPLES: Final = 16
-_SAMPLE_BYTES: Final = 64 << 10
 #: Parts of a model's configuration that say where it came from, not what it computes.
 _NOT_COMPUTATION: Final = ("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
+#: Formats whose weights lie where the loader's own settings say, not with the model.
+_LOADED_FROM_ELSEWHERE: Final = ("tensorizer", "modelexpress")
+#: Of vLLM's options of attention, those that change what it computes, or in what form it keeps K; the others are about speed.
+_ATTENTION_OPTIONS: Final = (
+    "disable_flashinfer_q_quantization",
+    "indexer_kv_dtype",
+    "use_non_causal",
+    "use_prefill_query_quantization",
+)
+#: Of those of images, sounds and videos: what its hashes of them do not tell apart between engines.
+_MULTIMODAL_OPTIONS: Final = (
+    "mm_device_do_normalize",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "mm_processor_kwargs",
+    "video_pruning_method",
+    "video_pruning_rate",
+)
 
 
 def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -48,17 +65,27 @@ def reason_to_decline(vllm_config: Any, kv_cache_config: Any) -> str:
     return ""
 
 
-def model_spec(vllm_config: Any, kv_cache_config: Any, place: RankPlace, *, chunk_size: int, layout: str) -> ModelSpec:
-    """The description of this engine's KV, the same from each of its ranks. ``layout``: ``PagedKV.layout`` of its tensors.
+def model_spec(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    place: RankPlace,
+    *,
+    chunk_size: int,
+    layout: str,
+    weights: str | None = None,
+) -> ModelSpec:
+    """The description of this engine's KV, the same from each of its ranks.
 
-    Raises ``ConfigError`` when vLLM describes a model that cannot be.
+    layout: ``PagedKV.layout`` of its tensors. weights: what they are called; None for what ``_weights`` finds.
+
+    Raises ``ConfigError`` when vLLM describes a model that cannot be, ``OSError`` when weights cannot be read.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     group = kv_cache_config.kv_cache_groups[0]
     spec = layer_specs(group)[0]
     return ModelSpec(
-        model=_weights(model),
-        revision=str(model.revision or getattr(model.hf_config, "_commit_hash", None) or ""),
+        model=f"named:{weights}" if weights is not None else _weights(model),
+        revision=_revision(model),
         dtype=str(model.dtype).removeprefix("torch."),
         kv_cache_dtype=str(cache.cache_dtype),
         num_layers=len(group.layer_names) if place.pipeline == 1 else model.get_total_num_hidden_layers(),
@@ -72,12 +99,15 @@ def model_spec(vllm_config: Any, kv_cache_config: Any, place: RankPlace, *, chun
         pipeline_parallel_size=place.pipeline,
         extra=(
             ("attention", _attention(vllm_config, group.layer_names)),
-            ("configuration", _digest(_computation(model.hf_config))),
+            ("attention_options", _chosen(vllm_config.attention_config, _ATTENTION_OPTIONS)),
+            ("computation", _digest(_computation(model))),
             ("draft", _draft(vllm_config.speculative_config)),
             ("layers", _layers(vllm_config, group.layer_names)),
             ("load_format", _load_format(vllm_config)),
+            ("multimodal_options", _chosen(model.multimodal_config, _MULTIMODAL_OPTIONS)),
             ("parallel", str(vllm_config.parallel_config.tensor_parallel_size)),  # it decides how sums are rounded
             ("platform", _platform()),
+            ("unquantized_kv", ",".join(sorted(cache.kv_cache_dtype_skip_layers))),
             ("vllm", vllm.__version__),
         ),
     )
@@ -104,33 +134,31 @@ def _layers(vllm_config: Any, layer_names: list[str]) -> str:
 
 
 def _weights(model: Any) -> str:
-    """A repository's name (its revision stands beside it), or a digest of local files."""
-    return weights_digest(Path(model.model)) or str(model.model)
+    """An address in an object store, a digest of local files, or a repository's name (its revision stands beside it)."""
+    return str(model.model_weights or weights_digest(Path(model.model)) or model.model)
 
 
-def weights_digest(path: Path) -> str:
-    """A digest of the weights at ``path`` that is the same wherever they lie; empty when there are none.
-
-    Hashing all bytes of large weights would take minutes: sizes and 16 samples of 64 KiB of each file tell apart what
-    training or quantising makes different.
-    """
-    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    weights = [file for file in files if file.is_file() and file.suffix in _WEIGHT_FILES]
-    if not weights:
-        return ""
-    digest = hashlib.sha256()
-    for file in weights:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as data:
-            for sample in range(_SAMPLES):
-                data.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(data.read(_SAMPLE_BYTES))
-    return f"weights:{digest.hexdigest()}"
+def _revision(model: Any) -> str:
+    return str(model.revision or getattr(model.hf_config, "_commit_hash", None) or "")
 
 
-def _computation(hf_config: Any) -> Any:
-    return _without_origin(hf_config.to_dict())
+def _computation(model: Any) -> Any:
+    """What vLLM makes of the weights: their configuration, overrides and all, quantisation as they are loaded, the code."""
+    return [
+        _without_origin(model.hf_config.to_dict()),
+        model.quantization,
+        normalize_value(model.quantization_config),
+        model.architecture,
+        model.model_class_overrides,
+        model.code_revision,
+        _longest_context(model),
+    ]
+
+
+def _longest_context(model: Any) -> int | None:
+    """Of models whose positions are encoded in another way where long contexts are allowed (LongRoPE), the longest one."""
+    kinds = str(getattr(model.hf_text_config, "rope_parameters", None))
+    return model.max_model_len if "longrope" in kinds else None
 
 
 def _without_origin(value: Any) -> Any:
@@ -142,6 +170,11 @@ def _without_origin(value: Any) -> Any:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _chosen(options: Any, names: tuple[str, ...]) -> str:
+    """The values of these options; empty where there are none."""
+    return "" if options is None else _digest([normalize_value(getattr(options, name, None)) for name in names])
 
 
 def _attention(vllm_config: Any, layer_names: list[str]) -> str:
@@ -162,15 +195,23 @@ def _instruction_set(layer: Any) -> str:
 
 
 def _draft(speculative: Any) -> str:
+    """The model that drafts tokens: where it has layers of its own, their KV is in the blocks too."""
     if speculative is None:
         return ""
     draft = getattr(speculative, "draft_model_config", None)
-    return f"{speculative.method}:{_weights(draft) if draft is not None else ''}"
+    if draft is None:
+        return f"{speculative.method}:"
+    return f"{speculative.method}:{_digest([_weights(draft), _revision(draft), str(draft.dtype), _computation(draft)])}"
 
 
 def _load_format(vllm_config: Any) -> str:
-    """Random ("dummy") weights depend on the seed; other formats load the same weights."""
-    return f"dummy:{vllm_config.model_config.seed}" if vllm_config.load_config.load_format == "dummy" else ""
+    """Random ("dummy") weights depend on the seed; most formats load the same weights in other ways."""
+    load = vllm_config.load_config
+    if load.load_format == "dummy":
+        return f"dummy:{vllm_config.model_config.seed}"
+    if load.load_format in _LOADED_FROM_ELSEWHERE:
+        return f"{load.load_format}:{_digest(load.model_loader_extra_config)}"
+    return ""
 
 
 def _platform() -> str:

@@ -11,7 +11,11 @@ from vcache.errors import ConfigError
 
 #: Switches: true or false.
 _SWITCHES: Final = ("donate", "load_async", "store_decoded")
-_OWN: Final = ("config_file", "device", *_SWITCHES)
+_NAMES: Final = {
+    "device": "a device's name, such as 'cuda:0'",
+    "weights": "a name of your own, such as 'ours/llama-8b@7'",
+}
+_OWN: Final = ("config_file", *_NAMES, *_SWITCHES)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,14 @@ class ConnectorOptions:
     donate: whether the worker gives a segment of ``segment.size`` to the pool for as long as it lives. Stand-alone donors
         (``vcache donate``) outlive serving processes and are the better choice in production.
     load_async: whether requests wait for their loads outside of vLLM's steps, so that no forward pass waits for one.
+    weights: what the model's weights are called in place of a digest of its local files, which are then not read. It must be another
+        for other weights.
     store_decoded: whether chunks that end in generated tokens are stored too, for the next turn of a conversation.
     """
 
     config: VCacheConfig
     device: str | None = None
+    weights: str | None = None
     donate: bool = False
     load_async: bool = False
     store_decoded: bool = False
@@ -42,15 +49,14 @@ class ConnectorOptions:
                 "leave it out, or start vLLM with another --block-size"
             )
         settings = {name: value for name, value in extra.items() if name not in _OWN}
-        device = extra.get("device")
-        if device is not None and not isinstance(device, str):
-            raise ConfigError(
-                f"kv_connector_extra_config.device = {device!r}: must be a device's name, such as 'cuda:0'"
-            )
+        names = {name: extra[name] for name in _NAMES if extra.get(name) is not None}
+        for name, value in names.items():
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f"kv_connector_extra_config.{name} = {value!r}: must be {_NAMES[name]}")
         switches = {name: extra[name] for name in _SWITCHES if name in extra}
         for name, value in switches.items():
             if not isinstance(value, bool):
                 hint = "; segment.size says how much" if name == "donate" else ""
                 raise ConfigError(f"kv_connector_extra_config.{name} = {value!r}: must be true or false{hint}")
         config = VCacheConfig.load(extra.get("config_file"), **{**settings, "block_size": block_size})
-        return cls(config=config, device=device, **switches)
+        return cls(config=config, **names, **switches)

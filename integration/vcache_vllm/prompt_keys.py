@@ -20,7 +20,7 @@ from vllm.v1.core import kv_cache_utils
 from vcache.joined_keys import JoinedKeys
 from vcache.keys import KeyChain
 from vcache.protocol import KEY_BYTES
-from vcache_vllm.model_spec import weights_digest
+from vcache_vllm.weights import weights_digest
 
 if TYPE_CHECKING:
     from vcache.keys import ModelSpec

@@ -59,7 +59,10 @@ class WorkerSide:
         except ValueError as error:
             self.decline(f"its KV tensors cannot be mapped: {error}")
             return
-        model = model_spec(vllm_config, kv_cache_config, place, chunk_size=chunk_size, layout=kv.layout)
+        weights = self._options.weights
+        model = model_spec(
+            vllm_config, kv_cache_config, place, chunk_size=chunk_size, layout=kv.layout, weights=weights
+        )
         self._engine = VCacheEngine(
             self._options.config,
             model=model,

@@ -1,14 +1,18 @@
-"""Engines whose KV cannot be shared rightly are declined, with the reason, by what vLLM itself says of its layers."""
+"""What determines an engine's KV is in the description of its model; engines whose KV cannot be shared rightly are declined."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vcache_vllm.model_spec import reason_to_decline
+from transformers import LlamaConfig
+from vcache_vllm.model_spec import model_spec, reason_to_decline
 from vcache_vllm.parallel import RankPlace, rank_place
-from vllm.config import ParallelConfig, VllmConfig
+from vllm.config import AttentionConfig, CacheConfig, LoadConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -23,6 +27,103 @@ pytestmark = pytest.mark.vllm
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)
 LATENT = MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1, "head_size": 576})
+ONLINE = {"quantization": "online"}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 512}
+LONG_ROPE |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+
+Describe = Callable[..., bytes]
+
+
+class Layer:
+    """What is asked of a layer that computes attention."""
+
+    def get_attn_backend(self) -> Any:
+        return CPUAttentionBackend
+
+
+@pytest.fixture
+def describe(tmp_path: Path) -> Describe:
+    """Makes an engine's fingerprint from vLLM's own configuration of it: options of the model, and ``parts`` of the rest."""
+    LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=64,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
+
+    def describe(weights: str | None = None, parts: dict[str, Any] | None = None, **options: Any) -> bytes:
+        quantized = {name: options.pop(name) for name in ("quantization", "quantization_config") if name in options}
+        common = {"model": str(tmp_path), "skip_tokenizer_init": True, "dtype": "bfloat16", **options}
+        config = VllmConfig(
+            model_config=ModelConfig(**common), **{"cache_config": CacheConfig(block_size=32), **(parts or {})}
+        )
+        if quantized:  # vLLM's CPU build would not run it
+            config.model_config = ModelConfig(**common, **quantized)
+        config.compilation_config.static_forward_context["a"] = Layer()
+        kv = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["a"], FULL)])
+        spec = model_spec(config, kv, RankPlace(0, 1, 1), chunk_size=64, layout="like this", weights=weights)
+        return spec.fingerprint()
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization": "fp8"},
+        {**ONLINE, "quantization_config": {"linear": "fp8_per_tensor"}},
+        {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}},
+        {"dtype": "float32"},
+        {"weights": "ours@2"},
+        {"parts": {"cache_config": CacheConfig(block_size=32, kv_cache_dtype_skip_layers=["0"])}},
+        {"parts": {"attention_config": AttentionConfig(use_non_causal=True)}},
+        {"parts": {"load_config": LoadConfig(load_format="dummy")}},
+    ],
+    ids=lambda options: "-".join(options.get("parts", options)),
+)
+def test_options_that_change_the_kv_separate_engines(describe: Describe, options: dict[str, Any]) -> None:
+    assert describe(**options) != describe()
+
+
+def test_weights_quantized_in_another_way_as_they_are_loaded_are_told_apart(describe: Describe) -> None:
+    ways = [
+        {"linear": "fp8_per_tensor"},
+        {"linear": "fp8_per_block"},
+        {"linear": "fp8_per_block", "ignore": ["lm_head"]},
+    ]
+    assert len({describe(**ONLINE, quantization_config=way) for way in ways}) == 3
+    assert describe(**ONLINE, quantization_config=ways[1]) == describe(**ONLINE, quantization_config=ways[1])
+
+
+def test_the_longest_context_counts_where_positions_depend_on_it(describe: Describe) -> None:
+    long = {"hf_overrides": {"rope_parameters": LONG_ROPE}}
+    assert describe(**long, max_model_len=256) != describe(**long, max_model_len=1024)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 3},
+        {"max_model_len": 512},
+        {"served_model_name": "another"},
+        {"enforce_eager": True},
+        {"parts": {"cache_config": CacheConfig(block_size=32, gpu_memory_utilization=0.5)}},
+        {"parts": {"attention_config": AttentionConfig(flash_attn_max_num_splits_for_cuda_graph=16)}},
+        {"parts": {"load_config": LoadConfig(safetensors_load_strategy="eager")}},
+    ],
+    ids=lambda options: "-".join(options.get("parts", options)),
+)
+def test_options_that_leave_the_kv_alone_do_not(describe: Describe, options: dict[str, Any]) -> None:
+    assert describe(**options) == describe()
+
+
+def test_weights_that_have_a_name_are_not_read(describe: Describe, tmp_path: Path) -> None:
+    named = describe(weights="ours@1")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"what it holds does not matter")
+    assert describe(weights="ours@1") == named
+    assert describe(weights="ours@2") != named
 
 
 def reason(*groups: Any, chunked_prefill: bool = True) -> str:

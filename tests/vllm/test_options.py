@@ -37,6 +37,7 @@ def test_options_have_the_names_of_the_configuration_file(tmp_path: Path) -> Non
         ({"donate": "1GiB"}, "segment.size says how much"),
         ({"load_async": "yes"}, "load_async = 'yes'"),
         ({"device": 0}, "device = 0"),
+        ({"weights": ""}, "weights = ''"),
         ({"segment": {"size": "many"}}, "segment.size"),
     ],
 )
