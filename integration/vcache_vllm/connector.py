@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from vcache.engine import VCacheEngine
+from vcache.engine import UNCONFIRMED, VCacheEngine
 from vcache.errors import CapacityError, ConfigError
 from vcache.failures import FailureLog
 from vcache.log import configure
@@ -231,7 +231,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool:
         """Removes everything from the pool, for all its users: vLLM asks for it when weights have changed.
 
-        False when that cannot be promised: the server does not answer, or a store below the pool keeps what it has.
+        False when that cannot be promised: the server does not confirm it, or a store below the pool keeps what it has.
         """
         engine, scheduler = self._engine, self._scheduler
         if engine is None or scheduler is None:
@@ -294,8 +294,6 @@ def _cleared(engine: VCacheEngine, scheduler: SchedulerSide) -> bool:
     if engine.config.store.resolved_kind != "none":
         logger.warning("reset of the connector's cache refused: the store below the pool keeps its objects")
         return False
-    failures = engine.get_stats()["failures"]
-    engine.clear()
+    removed = engine.clear()
     scheduler.forget_lookups()
-    after = engine.get_stats()
-    return bool(after["server_available"]) and after["failures"] == failures
+    return removed != UNCONFIRMED

@@ -19,7 +19,7 @@ CONNECTOR_COUNTERS: Final = {
     "load_seconds": "time spent in loading them",
     "stored_chunks": "chunks committed to the pool, one per rank",
     "stored_bytes": "bytes of the chunks stored",
-    "late_chunks": "chunks not stored: the server had not answered when their blocks were given away",
+    "late_chunks": "chunks not stored: the server had not answered when their blocks were given away, or no step came soon after it had",
     "errors": "errors that were kept from vLLM",
 }
 

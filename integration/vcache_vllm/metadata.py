@@ -52,7 +52,8 @@ class StepOrders(KVConnectorMetadata):
 
     loads: needed by this step's forward pass. background_loads: of requests that wait outside of the steps.
     gone: requests that had stores ordered and whose blocks may be overwritten from this step's forward pass on.
-    failures_seen: how many failed steps of the worker the scheduler knew of when it planned this.
+    failures_seen: how many failed steps of the worker the scheduler knew of when it planned this. resets: how many times it had
+    cleared the pool by then.
     """
 
     loads: tuple[LoadOrder, ...] = ()
@@ -60,6 +61,7 @@ class StepOrders(KVConnectorMetadata):
     stores: tuple[StoreOrder, ...] = ()
     gone: frozenset[str] = field(default_factory=frozenset)
     failures_seen: int = 0
+    resets: int = 0
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class SchedulerSide:
         self._storing: set[str] = set()  # requests that had stores ordered since they last got their blocks
         self._gone: set[str] = set()
         self._failures_seen = 0
+        self._resets = 0
 
     def loadable_tokens(self, request: Any, local_tokens: int) -> int:
         """Tokens beyond ``local_tokens`` that can be loaded: whole blocks, and never the last token of the prompt.
@@ -148,7 +149,7 @@ class SchedulerSide:
         loads = tuple(self._to_load.pop(name) for name in names)
         now, behind = ((), loads) if self._rules.load_async else (loads, ())
         gone, self._gone = frozenset(self._gone), set()
-        return StepOrders(now, behind, stores, gone, self._failures_seen)
+        return StepOrders(now, behind, stores, gone, self._failures_seen, self._resets)
 
     def step_done(self, report: StepReport | None, invalid_blocks: set[int], evict: Callable[[set[int]], None]) -> None:
         """The worker's account of a step. ``evict`` takes blocks out of vLLM's own prefix cache.
@@ -186,7 +187,8 @@ class SchedulerSide:
             self._release(prompt)
 
     def forget_lookups(self) -> None:
-        """The pool was cleared: what was found in it is not there any more."""
+        """The pool was cleared: what was found in it is not there any more, what was ordered to be stored is out of date."""
+        self._resets += 1
         for prompt in self._prompts.values():
             self._release(prompt)
             prompt.hits = prompt.handed_over = 0

@@ -44,6 +44,7 @@ class WorkerSide:
         self.introduction = WorkerIntroduction(None, "the KV tensors were never registered")
         self._failed_steps = 0
         self._reported_failures = 0
+        self._resets = 0
 
     def register(
         self, kv_caches: dict[str, torch.Tensor], vllm_config: Any, kv_cache_config: Any, place: RankPlace
@@ -94,6 +95,9 @@ class WorkerSide:
     def before_step(self, orders: StepOrders) -> None:
         """Before anything of a step is written."""
         if self._stores is not None:
+            if orders.resets != self._resets:  # what was planned before has no place in the pool any more
+                self._resets = orders.resets
+                self._stores.give_back()
             stores = orders.stores if orders.failures_seen >= self._failed_steps else ()
             self._stores.before_step(stores, orders.gone)
 
@@ -142,7 +146,7 @@ class WorkerSide:
     def close(self) -> None:
         """Finishes what was copied, gives back what was not, and leaves the pool; harmless when done before."""
         if self._stores is not None:
-            self._stores.close()
+            self._stores.give_back()
         for lane in self._lanes:
             lane.close(CLOSE_TIMEOUT_S)
         if self._engine is not None:

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 from vcache_vllm.model_spec import model_spec, reason_to_decline
 from vcache_vllm.parallel import RankPlace, rank_place
-from vllm.config import AttentionConfig, CacheConfig, LoadConfig, ModelConfig, ParallelConfig, VllmConfig
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.config import AttentionConfig, CacheConfig, LoadConfig, ParallelConfig, VllmConfig
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -21,6 +19,8 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
+
+from tests.vllm.configurations import engine_config, kv_cache_config, save_model
 
 pytestmark = pytest.mark.vllm
 
@@ -34,36 +34,15 @@ LONG_ROPE |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 Describe = Callable[..., bytes]
 
 
-class Layer:
-    """What is asked of a layer that computes attention."""
-
-    def get_attn_backend(self) -> Any:
-        return CPUAttentionBackend
-
-
 @pytest.fixture
 def describe(tmp_path: Path) -> Describe:
-    """Makes an engine's fingerprint from vLLM's own configuration of it: options of the model, and ``parts`` of the rest."""
-    LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        vocab_size=64,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(tmp_path)
+    """Makes an engine's fingerprint from vLLM's own configuration of it."""
+    save_model(tmp_path)
 
-    def describe(weights: str | None = None, parts: dict[str, Any] | None = None, **options: Any) -> bytes:
-        quantized = {name: options.pop(name) for name in ("quantization", "quantization_config") if name in options}
-        common = {"model": str(tmp_path), "skip_tokenizer_init": True, "dtype": "bfloat16", **options}
-        config = VllmConfig(
-            model_config=ModelConfig(**common), **{"cache_config": CacheConfig(block_size=32), **(parts or {})}
-        )
-        if quantized:  # vLLM's CPU build would not run it
-            config.model_config = ModelConfig(**common, **quantized)
-        config.compilation_config.static_forward_context["a"] = Layer()
-        kv = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["a"], FULL)])
-        spec = model_spec(config, kv, RankPlace(0, 1, 1), chunk_size=64, layout="like this", weights=weights)
+    def describe(weights: str | None = None, **options: Any) -> bytes:
+        config = engine_config(tmp_path, **options)
+        place = RankPlace(0, 1, 1)
+        spec = model_spec(config, kv_cache_config(), place, chunk_size=64, layout="like this", weights=weights)
         return spec.fingerprint()
 
     return describe

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from vcache_vllm import stores
 from vcache_vllm.counters import ConnectorCounters
 from vcache_vllm.lane import Lane
 from vcache_vllm.metadata import StoreOrder
@@ -66,7 +67,10 @@ class Worker(NamedTuple):
 
 
 @pytest.fixture
-def worker(config: VCacheConfig, server: Child, processes: Processes) -> Iterator[Worker]:
+def worker(
+    config: VCacheConfig, server: Child, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Worker]:
+    monkeypatch.setattr(stores, "HOLD_S", PATIENCE_S)
     donate(processes, config)
     tensors = new_tensors(8 * PER_CHUNK)
     fill(tensors, TOKENS, BLOCKS.ravel().tolist())
@@ -147,12 +151,25 @@ def test_a_step_that_computed_on_garbage_stores_nothing_and_gives_back_its_space
     assert worker.stored() == 2
 
 
+def test_space_is_not_held_for_a_forward_pass_that_does_not_come(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "HOLD_S", 0.1)
+    worker.stores.before_step([worker.order("late")], frozenset())
+    worker.stores.after_step()
+    answered(worker)
+    assert worker.engine.clear() == 0, "it is confirmed once the space was given back"
+    worker.stores.after_step()
+    assert worker.stored() == 0
+    assert worker.counters.snapshot()["late_chunks"] == 2
+
+
 def test_closing_gives_back_what_was_answered_late(worker: Worker, config: VCacheConfig) -> None:
     worker.stores.before_step([worker.order("late")], frozenset())
     worker.stores.after_step()
     answered(worker)
     assert fetch_stats(config, timeout_s=PATIENCE_S).reservations == 2
-    worker.stores.close()
+    worker.stores.give_back()
     worker.asking.close(PATIENCE_S)
     worker.committing.close(PATIENCE_S)
     worker.engine.close(PATIENCE_S)
