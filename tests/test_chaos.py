@@ -88,7 +88,8 @@ def check_that_nothing_is_lost(pool: Pool) -> None:
         return bool(segments) and all(is_free(segment) for segment in segments)
 
     def is_free(told: SegmentStats) -> bool:
-        use = client.segment(told.number)
+        info = client.session.info(told.number)
+        use = client.use_segment(info) if info is not None else None
         if use is None:
             return False
         assert told.total_bytes == use.segment.nbytes - use.segment.data_offset

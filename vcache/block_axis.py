@@ -20,13 +20,6 @@ class KVExpectation:
     #: K and V of one block in one layer.
     layer_block_bytes: int | None = None
 
-    @classmethod
-    def of_heads(
-        cls, *, num_layers: int, num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
-    ) -> KVExpectation:
-        """Plain attention: K and V of ``num_kv_heads`` (those of this rank) for every token."""
-        return cls(num_layers, 2 * num_kv_heads * head_size * block_size * dtype.itemsize)
-
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:

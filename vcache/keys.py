@@ -139,7 +139,7 @@ _COUNTS: Final = {
 class KeyChain:
     """The keys of one growing prompt: each token is hashed once, however the prompt arrives.
 
-    Not thread-safe: it belongs to one request. ``copy()`` branches it.
+    Not thread-safe: it belongs to one request.
     """
 
     def __init__(
@@ -167,12 +167,6 @@ class KeyChain:
             keys.append(digest()[:KEY_BYTES])
         self._rest = bytes(view[whole:])
         return cast("list[ChunkKey]", keys)  # calling ChunkKey on each would cost a tenth of the hashing
-
-    def copy(self) -> KeyChain:
-        """A chain that goes on from here on its own."""
-        branch = KeyChain.__new__(KeyChain)
-        branch._chunk_bytes, branch._digest, branch._rest = self._chunk_bytes, self._digest.copy(), self._rest
-        return branch
 
 
 def chunk_keys(

@@ -73,11 +73,6 @@ class PendingRetrieve:
         #: What was begun, and whether its copies were enqueued without an error.
         self.reads: list[tuple[PendingRead, bool]] = []
 
-    @property
-    def chunks(self) -> int:
-        """Leading chunks that are being copied from the pool."""
-        return sum(read.hits for read, copied in self.reads if copied)
-
     def complete(self) -> int:
         """Leading chunks loaded, each byte of them valid. Waits for the copies. Calling it again is harmless.
 
@@ -107,11 +102,6 @@ class PendingStore:
         self._asked = self._started  # when the server had answered
         self._stored = 0
         self.writes: list[PendingWrite] = []
-
-    @property
-    def chunks(self) -> int:
-        """Chunks that are being copied: those the pool had not, and had room for."""
-        return sum(len(write.granted) for write in self.writes)
 
     def asked(self) -> None:
         """The asking is over. What passes until ``copy_from`` is the caller's own time, and not counted as storing."""

@@ -123,7 +123,7 @@ def test_a_load_that_is_never_completed_keeps_the_session_and_nothing_else(confi
     tensors = new_tensors(64)
     engine = VCacheEngine(config, model=model_of(), kv_caches=tensors, donate="2MiB")
     pending = engine.begin_retrieve(engine.keys_of(TOKENS), np.reshape(THERE, (4, 2)))
-    assert pending.chunks == 4
+    assert [read.hits for read, _ in pending.reads] == [4]
     engine.close(1.0)
     assert engine.lookup(TOKENS) == 0
     assert len(list(runtime_dir.glob("segment-*"))) == 1, "the stand-alone donor's"
@@ -139,7 +139,7 @@ def test_a_store_that_is_completed_after_its_engine_has_closed_is_harmless(confi
     fill(tensors, TOKENS, HERE)
     engine = VCacheEngine(config, model=model_of(), kv_caches=tensors, donate="2MiB")
     pending = engine.reserve_store(engine.keys_of(TOKENS))
-    assert pending.chunks == 4
+    assert [len(write.granted) for write in pending.writes] == [4]
     engine.close(1.0)
     pending.copy_from(
         np.reshape(HERE, (4, 2))

@@ -73,7 +73,8 @@ def main() -> None:
         elif what == "pinned":
             answer = str(uses[-1].await_pinned(float(rest[0])))
         elif what == "idle":
-            answer = str(len(mappings.unmap_idle(float(rest[0]))))
+            mappings.unmap_idle(float(rest[0]))
+            answer = str(len(mappings.mapped()))
         else:
             answerless[what]()
         print(answer, flush=True)

@@ -32,7 +32,8 @@ def main() -> None:
             write.copy_with(lambda segment, chunks, offsets: None)
             print("stored", write.complete())
             assert client.settle(60)
-            use = client.segment(1)
+            info = client.session.info(1)
+            use = client.use_segment(info) if info is not None else None
         elif what == "lookup":
             assert client.wait_available(60)
             print("hits", client.lookup(key).hits)

@@ -48,7 +48,7 @@ def test_it_is_given_up_after_its_last_user_and_mapped_again_for_the_next(start,
     process.ask("release")
     if reason == "idle":
         clock = count(100, 9)  # whoever made it fit for use may be using it still
-        until(lambda: process.ask(f"idle {next(clock)}") == "1", "it was idle for long enough")
+        until(lambda: process.ask(f"idle {next(clock)}") == "0", "it was idle for long enough")
     until(lambda: process.calls().count(GIVING_UP[place]) == 1, "it is given up")
     assert process.ask("use") == "used"
     assert process.ask("read") == "4711"

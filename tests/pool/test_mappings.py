@@ -135,11 +135,13 @@ def test_a_processs_own_segment_is_used_where_it_is_in_every_incarnation(mapping
 def test_what_the_server_no_longer_lists_is_unmapped_after_a_while(mappings, segment, runtime):
     identity = (segment.segment_id, 1)
     mappings.use(info_of(segment, runtime.host_id)).release()
-    assert mappings.drop_unlisted([], 100.0, 10.0) == []
-    assert mappings.drop_unlisted([identity], 105.0, 10.0) == []
-    assert mappings.drop_unlisted([], 109.0, 10.0) == []
-    assert mappings.drop_unlisted([], 111.0, 10.0) == []
-    assert mappings.drop_unlisted([], 120.0, 10.0) == [identity]
+    mappings.drop_unlisted([], 100.0, 10.0)
+    mappings.drop_unlisted([identity], 105.0, 10.0)
+    mappings.drop_unlisted([], 109.0, 10.0)
+    mappings.drop_unlisted([], 111.0, 10.0)
+    assert mappings.mapped() == [identity]
+    mappings.drop_unlisted([], 120.0, 10.0)
+    assert mappings.mapped() == []
     assert maps_of(segment) == 1
 
 
@@ -178,8 +180,8 @@ def test_a_segment_that_takes_long_to_open_holds_up_only_those_who_want_it(mappi
         waiting = [threads.submit(mappings.use, info_of(segment, runtime.host_id)) for _ in range(3)]
         assert begun.wait(60)
         mappings.use(info_of(own, runtime.host_id)).release()
+        mappings.unmap_idle(1.0)
         assert mappings.mapped() == [(own.segment_id, 1)]
-        assert mappings.unmap_idle(1.0) == []
         assert not any(use.done() for use in waiting)
         may_end.set()
         uses = [use.result() for use in waiting]
@@ -221,8 +223,10 @@ def test_what_is_opened_when_all_has_been_closed_goes_with_its_user(segment, run
 def test_what_nobody_has_used_for_a_while_is_unmapped_and_mapped_again_at_its_next_use(idling, segment, runtime):
     identity, info = (segment.segment_id, 1), info_of(segment, runtime.host_id)
     idling.use(info).release()
-    assert idling.unmap_idle(100.0) == idling.unmap_idle(110.0) == []
-    assert idling.unmap_idle(110.1) == [identity]
+    idling.unmap_idle(100.0)
+    idling.unmap_idle(110.0)
+    assert idling.mapped() == [identity]
+    idling.unmap_idle(110.1)
     assert idling.mapped() == []
     assert maps_of(segment) == 1
     segment.tensor[segment.data_offset] = 7
@@ -233,22 +237,32 @@ def test_what_nobody_has_used_for_a_while_is_unmapped_and_mapped_again_at_its_ne
 
 
 def test_what_is_in_use_or_was_used_meanwhile_is_not_idle(idling, segment, runtime):
-    info = info_of(segment, runtime.host_id)
+    identity, info = (segment.segment_id, 1), info_of(segment, runtime.host_id)
     use = idling.use(info)
-    assert idling.unmap_idle(100.0) == idling.unmap_idle(500.0) == []
+    idling.unmap_idle(100.0)
+    idling.unmap_idle(500.0)
     use.release()
-    assert idling.unmap_idle(600.0) == [], "idle since now, as far as anybody knows"
+    idling.unmap_idle(600.0)
+    assert idling.mapped() == [identity], "idle since now, as far as anybody knows"
     idling.use(info).release()
-    assert idling.unmap_idle(700.0) == idling.unmap_idle(709.0) == []
-    assert idling.unmap_idle(711.0) != []
+    idling.unmap_idle(700.0)
+    idling.unmap_idle(709.0)
+    assert idling.mapped() == [identity]
+    idling.unmap_idle(711.0)
+    assert idling.mapped() == []
 
 
 def test_a_processs_own_segment_is_never_idle_and_without_a_limit_none_is(idling, segment, runtime):
+    identity = (segment.segment_id, 1)
     idling.adopt(segment)
-    assert idling.unmap_idle(100.0) == idling.unmap_idle(10_000.0) == []
+    idling.unmap_idle(100.0)
+    idling.unmap_idle(10_000.0)
+    assert idling.mapped() == [identity]
     lasting = Mappings(runtime, host=runtime.host_id, settings=TransferConfig(unmap_after=0))
     lasting.use(info_of(segment, runtime.host_id)).release()
-    assert lasting.unmap_idle(100.0) == lasting.unmap_idle(10_000.0) == []
+    lasting.unmap_idle(100.0)
+    lasting.unmap_idle(10_000.0)
+    assert lasting.mapped() == [identity]
     lasting.close()
 
 

@@ -49,7 +49,7 @@ def test_what_is_overwritten_while_it_is_read_is_found_out(two, monkeypatch):
     keys = new_keys(5)
     assert store(writer, keys) == 5
     victim = writer.acquire(b"".join(keys), 0).placements[2]
-    use = writer.segment(int(victim["segment"]))
+    use = writer.use_segment(writer.session.info(int(victim["segment"])))
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load, reader, keys)
         until(lambda: is_stopped(reading_process(reader)), "payloads read, records not yet")

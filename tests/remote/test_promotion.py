@@ -107,7 +107,7 @@ def test_a_source_overwritten_while_it_is_promoted_is_not_committed(two, process
         assert first.result(60) == 32
         until_halted()  # this is promotion's read
         for row in beside.acquire(b"".join(engine.keys_of(TOKENS)), 0).placements:
-            use = beside.segment(int(row["segment"]))
+            use = beside.use_segment(beside.session.info(int(row["segment"])))
             assert use.segment.retire(int(row["record"]), int(row["generation"]))  # as if its lease had run out
             poke(use.segment, int(row["offset"]), bytes(int(row["nbytes"])))
             use.release()

@@ -139,7 +139,7 @@ def test_a_source_overwritten_while_it_is_pulled_is_not_committed(two, open_clie
         there = [key for key in keys if client.lookup(key).hits]
         for key in there:
             (row,) = client.acquire(key, 0).placements
-            use = client.segment(int(row["segment"]))
+            use = client.use_segment(client.session.info(int(row["segment"])))
             assert use.segment.retire(int(row["record"]), int(row["generation"]))  # as if its lease had run out
             poke(use.segment, int(row["offset"]), bytes(int(row["nbytes"])))
             use.release()

@@ -133,7 +133,7 @@ def test_what_is_overwritten_before_the_read_is_found_out(hosts, open_client):
     assert load(reader, keys) == 5
     read = begin_read(reader, keys, 0)
     assert read.hits == 5
-    use = writer.segment(int(read.placements["segment"][2]))
+    use = writer.use_segment(writer.session.info(int(read.placements["segment"][2])))
     row = read.placements[2]
     assert use.segment.retire(int(row["record"]), int(row["generation"]))  # leased or not: as if a lease had run out
     poke(use.segment, int(row["offset"]), bytes(65536))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.support.processes import REPOSITORY
-from vcache.store.files import FILES_COUNTERS
+from vcache.store.files_eviction import FILES_COUNTERS
 from vcache.store.guard import GUARD_VALUES
 from vcache.store.mooncake import MOONCAKE_COUNTERS
 from vcache.store.write_behind import WRITE_BEHIND_VALUES

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tests.store.shards import blank, payload, payloads, shard, shards
 from vcache.errors import UnavailableError
 from vcache.store.base import Got, Put
-from vcache.store.files import FILES_COUNTERS, FileStore
+from vcache.store.files import FileStore
+from vcache.store.files_eviction import FILES_COUNTERS
 from vcache.store.objects import PAGE_BYTES
 
 

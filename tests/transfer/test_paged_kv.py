@@ -19,6 +19,11 @@ def cache(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def of_heads(*, num_layers: int, num_kv_heads: int, block_size: int) -> KVExpectation:
+    """Plain attention: K and V of heads of 64 elements."""
+    return KVExpectation(num_layers, 2 * num_kv_heads * 64 * block_size * BF16.itemsize)
+
+
 def summary(kv: PagedKV) -> tuple[int, int, int]:
     return len(kv.planes), kv.num_blocks, kv.planes[0].block_bytes
 
@@ -83,9 +88,9 @@ def test_a_shape_that_reads_two_ways_is_refused_until_a_hint_settles_it(name: st
 
 def test_the_model_description_settles_it_too() -> None:
     tensor = cache(2, 8, 32, 128)
-    heads = KVExpectation.of_heads(num_layers=1, num_kv_heads=8, head_size=64, block_size=32, dtype=BF16)
+    heads = of_heads(num_layers=1, num_kv_heads=8, block_size=32)
     assert summary(PagedKV([tensor], block_size=32, expect=heads)) == (1, 2, 65536)
-    flat = KVExpectation.of_heads(num_layers=1, num_kv_heads=2, head_size=64, block_size=32, dtype=BF16)
+    flat = of_heads(num_layers=1, num_kv_heads=2, block_size=32)
     assert summary(PagedKV([tensor], block_size=32, expect=flat)) == (2, 8, 8192)
 
 
@@ -195,7 +200,7 @@ def test_interleaved_layers_do_not_overlap() -> None:
     assert summary(kv) == (3, 10, 2048)
 
 
-HEADS = KVExpectation.of_heads(num_layers=2, num_kv_heads=4, head_size=64, block_size=16, dtype=BF16)
+HEADS = of_heads(num_layers=2, num_kv_heads=4, block_size=16)
 UNEXPECTED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a layer too few": (
         {"l0": cache(2, 10, 16, 4, 64)},

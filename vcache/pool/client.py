@@ -336,11 +336,6 @@ class PoolClient:
         """A segment, mapped until the answer is released; ``None`` when this process cannot map it."""
         return self.mappings.use(info)
 
-    def segment(self, number: int) -> Use | None:
-        """As ``use_segment``, by the number a segment has in the present term."""
-        info = self.session.info(number)
-        return self.mappings.use(info) if info is not None else None
-
     def close(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
         """Ends the session, unmaps what is not in use. Donors are to be closed before. Harmless when called twice.
 

@@ -181,9 +181,8 @@ class Mappings:
         if self.remote is not None:
             self.remote.drop(identity)
 
-    def drop_unlisted(self, listed: Iterable[Identity], now: float, grace_s: float) -> list[Identity]:
+    def drop_unlisted(self, listed: Iterable[Identity], now: float, grace_s: float) -> None:
         """Drops what the server has not listed for ``grace_s``: its donor died while the server was away."""
-        dropped = []
         known = set(listed)
         if self.remote is not None:
             self.remote.drop_all_but(known)
@@ -195,18 +194,15 @@ class Mappings:
                     entry.unlisted_since = now
                 elif now - entry.unlisted_since > grace_s:
                     self._drop(identity, entry)
-                    dropped.append(identity)
-        return dropped
 
-    def unmap_idle(self, now: float) -> list[Identity]:
-        """Drops what nobody has used for ``transfer.unmap_after``, by calls that were made all the while; which.
+    def unmap_idle(self, now: float) -> None:
+        """Drops what nobody has used for ``transfer.unmap_after``, by calls that were made all the while.
 
         Segments of other hosts are not mapped, only read: they take nothing here.
         """
         after_s = self._settings.unmap_after
-        dropped: list[Identity] = []
         if not after_s:
-            return dropped
+            return
         with self._changed:
             for identity, entry in list(self._entries.items()):
                 if entry.users or entry.is_local:
@@ -215,8 +211,6 @@ class Mappings:
                     entry.idle_since = now
                 elif now - entry.idle_since > after_s:
                     self._drop(identity, entry)
-                    dropped.append(identity)
-        return dropped
 
     def mapped(self) -> list[Identity]:
         """What is mapped now, this process's own segments and other hosts' among it."""

@@ -30,9 +30,7 @@ class State(IntEnum):
     SUPERSEDED = 3  # open the file of the same name: a table of another size has taken its place
 
 
-#: What ``index_run`` answers when nobody holds the file's lock.
-OWNER_GONE: Final = -16
-#: What it answers where placements are asked for, and the server is to be asked for one: there are several, say.
+#: What ``index_run`` answers where placements are asked for, and the server is to be asked for one: there are several, say.
 NOT_PLACED: Final = -17
 
 

@@ -40,13 +40,6 @@ _UNREACHABLE: Final = frozenset(
     {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ENODEV, errno.EIO}
 )
 
-FILES_COUNTERS: Final = {
-    "store_evicted_objects": "files removed to stay below the size limit",
-    "store_evicted_bytes": "their size",
-    "store_stale_removed": "files removed that a writer left half-written when it died",
-    "store_sweeps": "times the directory was looked through",
-}
-
 
 class FileStore:
     """Shards as files below ``directory``, which is made if its parent exists (a mount that is not there is not filled in)."""

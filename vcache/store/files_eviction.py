@@ -31,6 +31,13 @@ SWEEP_AFTER: Final = 0.05
 #: Where files cannot be locked only age tells that a writer is dead: one that is not then fails to rename, no more.
 UNLOCKABLE_STALE_S: Final = 3600.0
 
+FILES_COUNTERS: Final = {
+    "store_evicted_objects": "files removed to stay below the size limit",
+    "store_evicted_bytes": "their size",
+    "store_stale_removed": "files removed that a writer left half-written when it died",
+    "store_sweeps": "times the directory was looked through",
+}
+
 
 class StoredFile(NamedTuple):
     used_at: float
@@ -56,12 +63,7 @@ class Sweeper:
         self._due = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._counts = {
-            "store_evicted_objects": 0,
-            "store_evicted_bytes": 0,
-            "store_stale_removed": 0,
-            "store_sweeps": 0,
-        }
+        self._counts = dict.fromkeys(FILES_COUNTERS, 0)
         self._failures = FailureLog(logger)
 
     def wrote(self, nbytes: int) -> None:

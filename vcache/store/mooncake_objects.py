@@ -59,11 +59,7 @@ class Code(IntEnum):
     """Mooncake's answers that mean something of their own to us."""
 
     FULL = -200
-    BAD_ARGUMENT = -600
     NOT_FOUND = -704
-    LEASED = -706
-    LEASE_EXPIRED = -707
-    TRANSFER_FAILED = -800
     RPC_FAILED = -900
     RPC_TIMEOUT = -901
 
