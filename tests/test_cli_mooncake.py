@@ -64,9 +64,7 @@ def test_however_it_ends_master_and_owner_end_too(processes: Processes, number: 
     store.popen.send_signal(number)
     assert store.wait() == (-number if number is signal.SIGKILL else 0)
     wait_for(lambda: not any(runs(child) for child in children), "the end of master and owner")
-    with socket.socket() as again:
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind((HOST, port))
+    wait_for(lambda: can_be_bound(port), "the port, which goes with the last of the master's threads")
 
 
 def test_it_warns_of_ports_that_others_can_reach(processes: Processes):
@@ -120,8 +118,18 @@ def runs(pid: int) -> bool:
     """Whether a process is there and no zombie."""
     try:
         return state_of(pid) != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def can_be_bound(port: int) -> bool:
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            again.bind((HOST, port))
+        except OSError:
+            return False
+        return True
 
 
 def listening(pid: int) -> set[str]:

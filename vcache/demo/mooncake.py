@@ -1,4 +1,4 @@
-"""The demo's Mooncake store: a master and one owner of memory on the loopback interface, as ``vcache mooncake start`` has them."""
+"""The demo's Mooncake store: a master and one owner of memory, as ``vcache mooncake start`` has them."""
 
 from __future__ import annotations
 
