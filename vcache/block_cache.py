@@ -274,10 +274,9 @@ class BlockCache:
         that came in time. For a server that is away it waits as long as a new engine does."""
         deadline = time.monotonic() + timeout_s
         is_ended = self._completions is None or self._completions.wait(timeout_s)
-        left_s = max(0.0, deadline - time.monotonic())
-        patience_s = min(left_s, self._client.config.client.connect_timeout)
+        patience_s = min(max(0.0, deadline - time.monotonic()), self._client.config.client.connect_timeout)
         is_told = self._shielded("flush", lambda: self._client.settle(patience_s), False)
-        is_written = self._below is None or self._below.flush(left_s)
+        is_written = self._below is None or self._below.flush(max(0.0, deadline - time.monotonic()))
         return is_ended and is_told and is_written
 
     def _await_own_stores(self) -> None:

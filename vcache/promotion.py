@@ -201,20 +201,21 @@ class Promotion:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with aside_on(self._device):
-            while (errand := self._next()) is not None:
-                is_over = errand.is_cancelled or self._is_over(errand)
-                with self._changed:
-                    self._parts_ended += 1
-                    self._changed.notify_all()
-                if is_over or not self._go_on(errand):
-                    self._end(errand)
+        while (errand := self._next()) is not None:
+            is_over = errand.is_cancelled or self._is_over(errand)
+            with self._changed:
+                self._parts_ended += 1
+                self._changed.notify_all()
+            if is_over or not self._go_on(errand):
+                self._end(errand)
 
     def _is_over(self, errand: _Errand) -> bool:
         """Moves one part of an errand: whether nothing is left of it that could be moved."""
         part, errand.run = errand.run.first(errand.chunks_per_part), errand.run.beyond(errand.chunks_per_part)
         try:
-            moved = errand.move(part)
+            # Here, not around the thread's loop: of a GPU that is broken this fails, too, and a prefetch is awaited.
+            with aside_on(self._device):
+                moved = errand.move(part)
         except Exception as error:
             self._failures.record("promotion", error)
             moved = Moved(lost=len(part.keys))

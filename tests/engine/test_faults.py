@@ -8,6 +8,7 @@ import threading
 import vcache.transfer
 from tests.engine.conftest import eventually, serving_segments
 from tests.engine.kv import CHUNK, fill, new_tensors, slots_of, wrong_blocks
+from vcache.config import VCacheConfig
 from vcache.server_query import fetch_stats
 
 HERE, THERE = list(range(8)), [20, 19, 40, 41, 5, 63, 0, 30]
@@ -196,3 +197,15 @@ def test_a_server_restarted_twice_in_a_row_loses_nothing(start_server, start_don
     eventually(lambda: serving_segments(config) == 1, "the segment is whole")
     eventually(lambda: engine.get_stats()["server_available"], "the engine reconnects")
     assert [loaded(engine, tokens) for tokens in PROMPTS] == [32] * 8
+
+
+def test_a_flush_waits_for_the_store_only_as_long_as_it_has_not_waited_for_the_server(
+    runtime_dir, tmp_path, open_engine, monkeypatch
+):
+    config = VCacheConfig(store={"files": {"directory": str(tmp_path)}}, client={"connect_timeout": "100ms"})
+    engine = open_engine(config, kv_caches=new_tensors(64))
+    waits = []
+    flush = engine._below.flush
+    monkeypatch.setattr(engine._below, "flush", lambda wait_s: waits.append(wait_s) or flush(wait_s))
+    assert not engine.flush(0.05)
+    assert waits == [0.0], "all of it went into waiting for a server that is not there"

@@ -107,6 +107,21 @@ def test_it_can_be_awaited(engine):
     assert asyncio.run(fetch()) == 4
 
 
+def test_it_ends_where_a_broken_device_has_no_stream_to_give(engine, monkeypatch):
+    store_below(engine)
+
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr("vcache.promotion.aside_on", broken)
+        assert engine.prefetch(TOKENS).wait(60) == 0
+    handle = engine.prefetch(TOKENS)
+    assert handle.wait(60) == 4, "the thread goes on"
+    stats = engine.get_stats()
+    assert (stats["promotion_lost"], stats["promotion_waiting"]) == (4, 0)
+
+
 def test_prefetch_goes_before_promotion_and_keeps_its_tenant(engine):
     store_below(engine, salt="one")
     assert engine.prefetch(TOKENS, salt="one").wait() == 4

@@ -46,6 +46,22 @@ def test_a_segment_is_in_the_pool_once_it_is_registered(pool):
     assert segment.total_bytes == segment.free_bytes == donor.segment.nbytes - donor.segment.data_offset
 
 
+@pytest.mark.parametrize("code", [protocol.ErrorCode.FAILED, protocol.ErrorCode.REFUSED])
+def test_a_page_that_the_server_failed_on_is_handed_over_again(quick, open_donor, monkeypatch, code):
+    config, _ = quick
+    answers = []
+    on_page = Donor._on_page
+
+    def first_fails(donor, reply):
+        answers.append(reply)
+        on_page(donor, reply if len(answers) > 1 else protocol.Error(reply.id, code, "it raised"))
+
+    monkeypatch.setattr(Donor, "_on_page", first_fails)
+    donor = open_donor(config)
+    assert donor.state is State.SERVING
+    assert len(answers) == 2
+
+
 def test_closing_takes_the_segment_and_its_entries_back(pool, runtime_dir):
     _, _, client, donor = pool
     keys = new_keys(3)
@@ -83,6 +99,20 @@ def test_closing_does_not_wait_longer_than_it_was_told(pool, open_client):
     assert store(client, keys) == 1
     read = begin_read(client, keys, 0)
     assert not donor.close(0.2)
+    assert read.complete() == 0
+
+
+def test_what_closing_waits_for_has_one_deadline(pool, open_client, monkeypatch):
+    config, _, _, donor = pool
+    client = open_client(asking(config))
+    keys = new_keys(1)
+    assert store(client, keys) == 1
+    read = begin_read(client, keys, 0)
+    mappings, waits = donor._client.mappings, []
+    give_up = mappings.give_up
+    monkeypatch.setattr(mappings, "give_up", lambda segment, wait_s: waits.append(wait_s) or give_up(segment, wait_s))
+    assert not donor.close(0.2)
+    assert waits == [0.0], "all of it went into waiting for the lease"
     assert read.complete() == 0
 
 

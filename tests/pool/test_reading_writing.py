@@ -89,6 +89,22 @@ def test_what_was_being_written_when_it_was_removed_is_not_found(pool, open_clie
     assert store(client, keys) == load(other, keys) == 2, "what is stored afterwards is"
 
 
+def test_what_was_granted_comes_back_when_its_segment_cannot_be_mapped_for_an_unknown_reason(pool, monkeypatch):
+    client, _ = pool
+    use_segment = client.use_segment
+
+    def broken(info):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(client, "use_segment", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        start_write(client, new_keys(3))
+    assert client.session.evidence()[1] == [], "no heartbeat says that they are being written"
+    until(lambda: nothing_is_held(client), "the server has them back")
+    monkeypatch.setattr(client, "use_segment", use_segment)
+    assert store(client, new_keys(3)) == 3
+
+
 def test_nothing_is_visible_before_it_is_complete(pool):
     client, _ = pool
     keys = new_keys(2)

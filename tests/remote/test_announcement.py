@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
 from typing import NamedTuple
 
 import pytest
 
 from tests.pool.payloads import until
+from vcache.companion.companion import Companion
+from vcache.companion.link import LinkClosedError
 from vcache.config import VCacheConfig
 from vcache.errors import ConfigError
 from vcache.memory.allocation import allocate
 from vcache.pool.runtime_dir import RuntimeDir
 from vcache.protocol import SegmentInfo, Tier
 from vcache.remote.announcement import Announcement, announced, announcement_of
-from vcache.remote.engine_choice import links_cuda, reads_gpu_memory
+from vcache.remote.base import EngineSetup
+from vcache.remote.engine_choice import engine_environment, engine_setup, links_cuda, reads_gpu_memory
 from vcache.remote.offer import open_offer
 from vcache.remote.segments import RemoteSegments
+from vcache.remote.wire import DECODER, ReadFor
 
 WHERE = Announcement("mooncake", "10.0.0.1:15000", 1 << 47)
 
@@ -38,6 +45,50 @@ def test_what_another_engine_offers_is_not_read(runtime_dir):
     assert segments.use([info]) == {}
     segments.close()
     assert counts == [], "nobody failed: it was not even tried"
+
+
+def test_what_the_readers_engine_raised_is_what_is_said(runtime_dir):
+    config = VCacheConfig(runtime_dir=str(runtime_dir), transfer={"remote": "mooncake"})
+    setup = engine_setup(config)
+    staging = os.memfd_create("staging")
+    os.ftruncate(staging, 1 << 20)
+    module, environment = "tests.remote.failing_reading_process", engine_environment(config, setup)
+    companion = Companion(module, ReadFor(setup, 1 << 20), DECODER, fds=(staging,), environment=environment)
+    try:
+        with pytest.raises(LinkClosedError, match="ibv_reg_mr: cannot allocate memory"):
+            companion.ready(60)
+    finally:
+        companion.kill()
+        os.close(staging)
+
+
+def test_a_name_that_takes_long_to_resolve_or_cannot_be_holds_up_nobody(runtime_dir, monkeypatch, caplog):
+    config = VCacheConfig(runtime_dir=str(runtime_dir), transfer={"remote": "mooncake"})
+    memory = allocate(config, RuntimeDir(config.runtime_path), bytes(16), 1 << 20, device="cpu:0")
+    resolving, is_resolved = [], threading.Event()
+
+    def resolved(config: VCacheConfig) -> EngineSetup:
+        resolving.append(threading.current_thread())
+        assert is_resolved.wait(60)
+        if len(resolving) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return engine_setup(config)
+
+    monkeypatch.setattr("vcache.remote.offer.engine_setup", resolved)
+    monkeypatch.setattr("vcache.remote.offer.RESTART_S", 0.0)
+    offer = open_offer(config, memory)
+    try:
+        until(lambda: offer.announcement() == b"" and bool(resolving), "it is being resolved")
+        assert offer.announcement() == b""
+        assert threading.current_thread() not in resolving
+        assert len(resolving) == 1
+        is_resolved.set()
+        until(lambda: offer.announcement() != b"", "the next attempt does better")
+        assert "Temporary failure in name resolution" in caplog.text
+    finally:
+        is_resolved.set()
+        offer.close()
+        memory.close()
 
 
 class OnAGpu(NamedTuple):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,6 +42,7 @@ class Companion:
     ) -> None:
         """``setup`` is told first; ``decoder`` knows what comes back; ``fds`` are passed on."""
         self._life, their_life = socket.socketpair()
+        _companions.add(self)
         control, their_control = socket.socketpair()
         pairs = [socket.socketpair() for _ in range(lanes)]
         theirs = [their_life, their_control, *(their_lane for _, their_lane in pairs)]
@@ -183,6 +186,18 @@ class Companion:
         for block in held.values():
             if block not in tainted:
                 block.release()
+
+
+_companions: Final[weakref.WeakSet[Companion]] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked child would keep its parent's companions, and the memory they have mapped, when the parent has long been dead."""
+    for companion in list(_companions):
+        companion._life.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Call:

@@ -10,6 +10,7 @@ memory is copied without torch, which a stand-alone donor otherwise never loads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,10 +62,11 @@ class Demoter:
 
     def close(self, timeout_s: float) -> bool:
         """Ends after what is being copied now; whether that came in time. Harmless when repeated."""
+        deadline = time.monotonic() + timeout_s
         if not self._queue.close(timeout_s):
             return False
         if self._spiller is not None:
-            self._spiller.close(timeout_s)
+            self._spiller.close(max(0.0, deadline - time.monotonic()))
         return True
 
     # --- in the queue's thread ------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Donor:
     def close(self, timeout_s: float = 10.0) -> bool:
         """Takes the segment back: no new grants or leases, wait for those there are, unlink. Harmless when called twice.
 
-        Whether all users were done in time. What readers of other processes have mapped stays readable to them (host
+        Whether all users were done in ``timeout_s``. What readers of other processes have mapped stays readable to them (host
         memory); they find out by validation. Close it before its client.
         """
         with self._close_lock:
@@ -141,14 +141,17 @@ class Donor:
                 return True
             self._drain_asked = True
             self._background.wake()
-            is_drained = self._await_drained(timeout_s)
+            deadline = time.monotonic() + timeout_s
+            is_idle = self._demoter.close(timeout_s)
+            if self._puller is not None:
+                is_idle &= self._puller.close(max(0.0, deadline - time.monotonic()))
+            is_drained = self._await_drained(deadline)
             self._state = State.CLOSED
             self._registered.clear()
             self._background.remove_duty(self)
             if self._offer is not None:
                 self._offer.close()
-            is_idle = self._demoter.close(timeout_s) and (self._puller is None or self._puller.close(timeout_s))
-            is_unused = is_idle and self._client.mappings.give_up(self.segment, timeout_s)
+            is_unused = is_idle and self._client.mappings.give_up(self.segment, max(0.0, deadline - time.monotonic()))
             if is_unused:
                 self.segment.close()
                 logger.info("segment %s is taken back", self.segment.segment_id.hex())
@@ -156,9 +159,8 @@ class Donor:
                 logger.warning("segment %s is still in use: it goes with this process", self.segment.segment_id.hex())
             return is_drained and is_unused
 
-    def _await_drained(self, timeout_s: float) -> bool:
+    def _await_drained(self, deadline: float) -> bool:
         """Whether the server has said that nobody uses it, or there is no server to grant anything."""
-        deadline = time.monotonic() + timeout_s
         while self._client.available:
             left_s = deadline - time.monotonic()
             if self._drained.wait(max(0.0, min(left_s, _LOOK_INTERVAL_S))):
@@ -189,7 +191,7 @@ class Donor:
         elif self._state is State.WAITING and self._background.term and time.monotonic() >= self._not_before:
             if not self._is_stale or self._begin_incarnation():
                 self._register()
-        elif self._state is State.HANDING_OVER and self._page_is_lost:
+        elif self._state is State.HANDING_OVER and self._page_is_lost and time.monotonic() >= self._not_before:
             self._send_page()  # or it was only late: a page sent twice is harmless
         elif self._state is State.SERVING and self._announcement() != self._announced:
             self._state = State.WAITING  # and registers again, to say how other hosts read it now
@@ -304,10 +306,13 @@ class Donor:
     def _on_page(self, reply: AnyReply | None) -> None:
         if self._state is not State.HANDING_OVER:
             return
-        if isinstance(reply, Error):
-            self._refused("hand over", reply)
+        if isinstance(reply, Error) and reply.code is ErrorCode.UNKNOWN_SEGMENT:
+            self._dropped(reply.text)
         elif not isinstance(reply, Done):
-            self._page_is_lost = True  # the next tick sends it again; now, it might not be sendable either
+            self._page_is_lost = True  # a later tick sends it again; now, it might not be sendable either
+            if isinstance(reply, Error):
+                self._not_before = time.monotonic() + REFUSED_WAIT_S
+                self._refused("hand over", reply)
         elif self._sent[1]:
             self._state = State.SERVING
             self.holds.open()

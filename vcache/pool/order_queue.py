@@ -88,16 +88,16 @@ class OrderQueue(Generic[Order]):
     # --- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with aside(self._memory):
-            while (batch := self._next()) is not None:
-                number, orders = batch
-                again: Sequence[Order] = ()
-                try:
+        while (batch := self._next()) is not None:
+            number, orders = batch
+            again: Sequence[Order] = ()
+            try:
+                with aside(self._memory):  # of a GPU that is broken this fails, too, and must not end the thread
                     again = self._work(number, orders)
-                except Exception as error:  # the server orders them again, or gives them up
-                    self._failures.record(self._name, error)
-                if again:
-                    self._wait_for_room(again)
+            except Exception as error:  # the server orders them again, or gives them up
+                self._failures.record(self._name, error)
+            if again:
+                self._wait_for_room(again)
 
     def _next(self) -> tuple[int, list[Order]] | None:
         with self._changed:

@@ -74,8 +74,8 @@ def begin_write(
     run = RunFields(tenant, rank, ranks, tokens, ttl_s, layout=layout)
     write = PendingWrite(client, keys, parent, run, nbytes, chained=chained, device=device)
     if keys:
-        write.reserve(pin_s, into=into, into_tier=into_tier)
         try:
+            write.reserve(pin_s, into=into, into_tier=into_tier)
             write.mark()
         except BaseException:
             write.abort()

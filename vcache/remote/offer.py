@@ -33,7 +33,7 @@ RESTART_S: Final = 5.0
 
 
 class Offer:
-    """Starts its companion at once and waits for nothing. Thread-safe."""
+    """Starts its companion at once and waits for nothing: a thread of its own does, which ends then. Thread-safe."""
 
     def __init__(self, config: VCacheConfig, memory: Memory) -> None:
         """Raises ``ConfigError`` when the engine is not installed."""
@@ -44,6 +44,7 @@ class Offer:
         self._companion: Companion | None = None
         self._was_ready = False
         self._start_at = 0.0
+        self._is_starting = False
         self._lock = threading.Lock()
         self._closed = False
         self.announcement()
@@ -51,8 +52,10 @@ class Offer:
     def announcement(self) -> bytes:
         """What to tell other hosts now: nothing, while there is no companion or it is not ready. Never waits."""
         with self._lock:
-            if self._companion is None and not self._closed and time.monotonic() >= self._start_at:
-                self._companion = self._started()
+            is_due = not self._is_starting and not self._closed and time.monotonic() >= self._start_at
+            if self._companion is None and is_due:
+                self._is_starting = True
+                threading.Thread(target=self._start, name="vcache-offer", daemon=True).start()
             if self._companion is None:
                 return b""
             try:
@@ -76,6 +79,22 @@ class Offer:
             if self._companion is not None:
                 self._companion.kill()
                 self._companion = None
+
+    def _start(self) -> None:
+        """Finds this host's address, which may take as long as names take to resolve, and starts a companion."""
+        companion = None
+        try:
+            companion = self._started()
+        except Exception as error:  # said by FailureLog; a later attempt may do better
+            self._failures.record("offer a segment to other hosts", error)
+        with self._lock:
+            self._is_starting = False
+            if self._closed and companion is not None:
+                companion.kill()
+            elif companion is not None:
+                self._companion = companion
+            else:
+                self._start_at = time.monotonic() + RESTART_S
 
     def _started(self) -> Companion:
         setup = engine_setup(self._config)

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     try:
         engine = open_engine(setup.engine)
         engine.register(address, setup.staging_bytes)
-    except (VCacheError, ImportError) as error:
+    except (VCacheError, ImportError, OSError, RuntimeError) as error:  # RuntimeError: the engine's
         control.send(Failed(str(error)))
         os._exit(1)
     fetches = Fetches(engine, address)
