@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vcache.config import VCacheConfig
 
 
-def require_engine(config: VCacheConfig) -> None:
+def require_engine() -> None:
     """Raises ``ConfigError`` when what ``transfer.remote`` names is not installed."""
     require_mooncake("set transfer.remote: none")
 

@@ -37,7 +37,7 @@ class Offer:
 
     def __init__(self, config: VCacheConfig, memory: Memory) -> None:
         """Raises ``ConfigError`` when the engine is not installed."""
-        require_engine(config)
+        require_engine()
         self._config = config
         self._memory = memory
         self._failures = FailureLog(logger)

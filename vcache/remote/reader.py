@@ -88,7 +88,7 @@ class RemoteReader:
 
     def __init__(self, config: VCacheConfig) -> None:
         """Raises ``ConfigError`` when the engine is not installed."""
-        require_engine(config)
+        require_engine()
         self._config = config
         self._lock = threading.Lock()
         self._failures = FailureLog(logger)
