@@ -45,6 +45,7 @@ class Client:
         self.term = 0
         self.seen = 0
         self.outstanding: dict[int, Write] = {}
+        self.given_up: set[int] = set()  # outstanding when the server had forgotten the session
         self.on_its_way: deque[protocol.AnyRequest] = deque()  # on the calls socket
         self.inbox: list[protocol.AnyReply] = []  # what was pushed or answered late
         self.infos: dict[int, protocol.SegmentInfo] = {}
@@ -112,6 +113,8 @@ class Client:
         if isinstance(reply, protocol.Error):
             assert reply.code in (ErrorCode.STALE_TERM, ErrorCode.UNKNOWN_SESSION)
             was_dropped = suspended or reply.code is ErrorCode.UNKNOWN_SESSION
+            if reply.code is ErrorCode.UNKNOWN_SESSION:
+                self.given_up |= set(self.outstanding)
             self.hello()
             for donation in list(self.donations):
                 donation.come_back(anew=was_dropped)

@@ -6,7 +6,7 @@ share a byte. What a server rebuilt from the donors' memory would know is compar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -35,13 +35,22 @@ def chain(name: str, first: int, count: int) -> list[bytes]:
     return [key(f"{name}{at}") for at in range(first, min(first + count, LENGTH))]
 
 
+class Removed(NamedTuple):
+    """A removal that was answered: what must not be found again in its term, and later in what was registered then."""
+
+    generations: set[int]
+    given_up: set[int]  # by the server, together with their segment, while their writers were at work
+    segments: set[bytes]
+    term: int
+
+
 class Pool(Members):
     """What is written, read and removed, and what must hold after every step."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
         self.removals: list[tuple[Client, int, set[int], int]] = []  # client, id, generations it removes, term
-        self.removed: list[tuple[set[int], set[bytes] | None, int]] = []  # generations, segments of that term, term
+        self.removed: list[Removed] = []
         self.indexed: dict[int, tuple[bytes, int]] = {}  # every generation that ever was a placement: key, tenant
         self.registered: set[bytes] = set()  # segments registered in this term
         super().__init__()
@@ -247,13 +256,22 @@ class Pool(Members):
                 continue
             self.removals.remove(removal)
             if isinstance(answer, protocol.Done):
-                self.removed.append((gone, set(self.registered), term))
-        for gone, segments, of_term in self.removed:
+                self.removed.append(Removed(gone, self._given_up(), set(self.registered), term))
+        for removed in self.removed:
             for _, _, segment_id, _, generation in self.world.placements():
-                if generation in gone:
-                    assert segments is not None and of_term != term and segment_id not in segments, (
-                        "a removed entry is back"
-                    )
+                if generation in removed.generations:
+                    is_promised = segment_id in removed.segments and generation not in removed.given_up
+                    assert removed.term != term and not is_promised, "a removed entry is back"
+
+    def _given_up(self) -> set[int]:
+        """What writers are at work on who fell silent together with their donor: nothing is promised of that beyond this term."""
+        members = self.world.service.members
+        return {
+            generation
+            for client in self.world.clients
+            for generation in client.outstanding
+            if client.is_alive and (generation in client.given_up or members.get(client.session) is None)
+        }
 
     def reservations(self) -> ReservationTable:
         return self.world.service.catalog.reservations
