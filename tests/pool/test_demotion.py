@@ -18,10 +18,10 @@ SERVER = {**QUICK["server"], "eviction": {"high_watermark": 0.7, "low_watermark"
 
 
 @pytest.fixture
-def tiered(start_server) -> VCacheConfig:
-    """Demotion begins early, with time enough for a busy machine."""
+def tiered(request, start_server) -> VCacheConfig:
+    """Demotion begins early, with time enough for a busy machine. A parameter: more settings of the server."""
     config: VCacheConfig
-    config, _ = start_server(**{**QUICK, "server": SERVER})
+    config, _ = start_server(**{**QUICK, "server": SERVER | getattr(request, "param", {})})
     return config
 
 
@@ -82,7 +82,10 @@ def test_what_vram_has_no_room_for_is_found_in_host_memory(tiered, donate, open_
             assert "libtorch" not in maps.read(), "host memory is copied without torch"
 
 
-def test_readers_find_whole_chunks_while_they_are_demoted(tiered, donate, open_client):
+@pytest.mark.parametrize(
+    "tiered", [{"shared_index": 0}], indirect=True
+)  # with hints what has just moved is a miss, once
+def test_who_has_a_lease_finds_whole_chunks_while_they_are_demoted(tiered, donate, open_client):
     donate("vram", "2MiB")
     donate("dram", "32MiB")
     first, second, third = (open_client(tiered) for _ in range(3))

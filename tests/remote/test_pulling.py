@@ -71,8 +71,8 @@ def test_what_vram_here_has_no_room_for_is_found_on_the_other_host(two, open_cli
     )
 
 
-def test_readers_find_whole_chunks_while_they_are_pulled(two, open_client):
-    both = two()
+def test_who_has_a_lease_finds_whole_chunks_while_they_are_pulled(two, open_client):
+    both = two(server={"shared_index": 0})  # with hints what has just moved is a miss, once
     both.donate(near(both), "2MiB")
     both.donate(both.there, "64MiB")
     until_known(both, open_client)
