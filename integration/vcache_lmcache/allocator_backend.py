@@ -188,6 +188,13 @@ class VCacheAllocatorBackend(VCacheBackend, AllocatorBackendInterface):
         if on_complete_callback is not None:
             self._say_complete(keys, on_complete_callback)
 
+    def clear(self) -> int:
+        cleared = super().clear()
+        with self._pool.failures.contained("restock"):
+            if self._space is not None:
+                self._space.renew()
+        return cleared
+
     def _in_place(self, objs: list[MemoryObj | None]) -> InPlace | None:
         allocator = self._allocator
         if allocator is None:

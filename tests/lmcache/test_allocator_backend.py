@@ -203,6 +203,14 @@ def test_pins_clear_and_partial_chunks_work_as_without(server: Child, open_engin
     until(lambda: is_idle(engine), "every reference is given back")
 
 
+def test_after_a_clear_it_stores_again(server: Child, open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    for _ in range(3):
+        engine.store(PROMPT)
+        assert engine.lmcache.lookup(PROMPT) == len(PROMPT)
+        assert engine.lmcache.clear() == len(PROMPT)
+
+
 def test_what_is_put_stays_what_it_is_while_lmcache_refers_to_it(server: Child, open_engine: OpenEngine) -> None:
     """Stored or not."""
     engine = open_engine()

@@ -81,6 +81,22 @@ def test_most_takes_ask_nobody_and_closing_gives_everything_back(own: Own) -> No
     assert own.space.take(NBYTES) is None
 
 
+def test_after_a_clear_what_is_at_hand_is_renewed(own: Own) -> None:
+    first, second, third, fourth = new_keys(4)
+    assert own.space.store([own.filled(first)]) == [GRANTED]
+    assert own.other.clear(7) == 1
+    late = own.filled(second)
+    assert own.space.store([late]) == [DECLINED], "the server cannot know that it was empty before"
+    own.space.give_up([late.extent])
+    assert own.space.store([own.filled(third)]) == [GRANTED], "what was at hand as long is not tried"
+    until(lambda: own.client.clear(7) == 1, "the server reads the commit")
+    own.space.renew()
+    before = own.client.counters["calls"]
+    filled = own.filled(fourth)
+    assert own.client.counters["calls"] == before, "there are as many at hand as before"
+    assert own.space.store([filled]) == [GRANTED]
+
+
 def test_a_full_segment_has_no_extent(own: Own) -> None:
     assert own.space.take(own.donor.segment.nbytes) is None
     taken = []

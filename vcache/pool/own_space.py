@@ -8,7 +8,7 @@ committed. Spare extents are kept at hand, so that most takes ask nobody.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final, NamedTuple
@@ -120,6 +120,9 @@ class OwnSpace:
         if said is None:
             return [Outcome.DECLINED] * len(filled)
         outcomes = [Outcome(outcome) for outcome in said]
+        declined = [generations[at] for at, outcome in enumerate(outcomes) if outcome is Outcome.DECLINED]
+        if declined:  # they were granted before somebody cleared the pool, and so was what is at hand and older
+            self._client.abort([extent.generation for extent in self._drop_spare(max(declined))])
         committed: list[int] = []
         rows = self._rows(filled, keys, parent)
         segment = self._donor.segment
@@ -134,14 +137,28 @@ class OwnSpace:
         self._client.commit(committed)
         return outcomes
 
+    def renew(self) -> None:
+        """Has other extents at hand, as many: after a clear none that was granted before is given a key."""
+        dropped = self._drop_spare()
+        self._client.abort([extent.generation for extent in dropped])
+        for nbytes, count in Counter(extent.nbytes for extent in dropped).items():
+            self.restock(nbytes, count)
+
     def close(self) -> None:
         """Gives back what is at hand. Extents that are taken still come back when they are stored or given back."""
         with self._lock:
             self._closed = True
-            spare = [extent for extents in self._spare.values() for extent in extents]
-            self._spare.clear()
-            self._spare_bytes = 0
-        self._client.abort([extent.generation for extent in spare])
+        self._client.abort([extent.generation for extent in self._drop_spare()])
+
+    def _drop_spare(self, up_to: int | None = None) -> list[Extent]:
+        """What was at hand, of generations no higher than this."""
+        dropped: list[Extent] = []
+        with self._lock:
+            for extents in self._spare.values():
+                dropped += [extent for extent in extents if up_to is None or extent.generation <= up_to]
+                extents[:] = [extent for extent in extents if up_to is not None and extent.generation > up_to]
+            self._spare_bytes -= sum(extent.nbytes for extent in dropped)
+        return dropped
 
     def _take_spare(self, nbytes: int) -> Extent | None:
         incarnation = self._donor.segment.incarnation
