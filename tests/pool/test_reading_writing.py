@@ -84,7 +84,7 @@ def test_what_was_being_written_when_it_was_removed_is_not_found(pool, open_clie
         write.complete()
         assert answer.result(30.0) == 0
     assert load(other, keys) == 0
-    assert not any(record.generation for record in donor.segment.scan())
+    until(lambda: not any(record.generation for record in donor.segment.scan()), "so is what was given up meanwhile")
     until(lambda: nothing_is_held(client), "reservations are given back")
     assert store(client, keys) == load(other, keys) == 2, "what is stored afterwards is"
 
